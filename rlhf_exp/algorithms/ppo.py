@@ -1,0 +1,396 @@
+"""Proximal policy optimisation for language models (Schulman et al. 2017; Ziegler et al. 2019; Stiennon et al. 2020).
+
+One module holds policy and value function, so that a trunk is run once for both. Everything that is a statistic of the
+batch (score scaling, whitening, the mean in the loss) is computed over the whole batch or minibatch, never over the
+micro-batch that happens to fit into memory. The steps of an update are numbered in `learn`.
+
+Left out: a separate value trunk, dense rewards from the reward model, encoder-decoder policies.
+"""
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_exp.choices import require
+from rlhf_exp import losses
+from rlhf_exp.algorithms.online import Online
+from rlhf_exp.algorithms.scaling import ScoreScaling, apply_missing_eos
+from rlhf_exp.policy import (
+    MAX_ROLLOUT_TOKENS,
+    Batch,
+    Policy,
+    Rollouts,
+    micro_batches,
+    response_logits,
+)
+from rlhf_exp.reference import Reference
+from rlhf_exp.trial import Trial
+
+logger = logging.getLogger(__name__)
+
+
+class PolicyWithValue(nn.Module):
+    """A causal language model and a value head on its last hidden states."""
+
+    def __init__(self, model: nn.Module, hidden: int | None) -> None:
+        super().__init__()
+        self.model = model
+        width: int = model.get_output_embeddings().in_features  # type: ignore[operator]
+        device = next(model.parameters()).device
+        if hidden is None:
+            self.value_head: nn.Module = nn.Linear(width, 1, device=device)
+            last = self.value_head
+        else:
+            last = nn.Linear(hidden, 1, device=device)
+            self.value_head = nn.Sequential(
+                nn.Linear(width, hidden, device=device), nn.ReLU(), last
+            )
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Logits [b, r, v] that predict the response tokens, and the values [b, r] of the states before them."""
+        logits, states = response_logits(self.model, batch, hidden=True)
+        assert states is not None
+        return logits, self.value_head(states.float()).squeeze(-1)
+
+
+@dataclass
+class Experience:
+    """What the update knows of the rollouts, all [n, r] on response tokens and zero elsewhere."""
+
+    logprobs: Tensor
+    values: Tensor
+    kl: Tensor  # the penalty's estimate
+    log_ratio: Tensor  # log policy - log reference
+    advantages: Tensor
+    returns: Tensor
+
+
+@dataclass(kw_only=True)
+class PPO(Online):
+    """Settings; numbers of published runs are in conf/experiment/."""
+
+    epochs: int = 4  # passes over each batch of rollouts
+    minibatch: int = 64  # rollouts per optimizer step
+    token_budget: int = (
+        MAX_ROLLOUT_TOKENS  # padded tokens per forward pass; changes memory, not the gradient
+    )
+    lr: float = 1e-4
+    value_lr: float | None = None  # learning rate of the value head; null: lr
+    betas: list[float] | None = None  # AdamW; null: [0.9, 0.95]
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    schedule: str = "constant"  # constant, linear or cosine
+    schedule_steps: int | None = (
+        None  # steps after which the schedule has reached its floor; null: steps
+    )
+    warmup: int = 0  # steps with a rising learning rate
+    lr_floor: float = 0.0  # last learning rate as a share of lr
+    gamma: float = 1.0
+    lam: float = 0.95
+    clip: float = 0.2  # of the probability ratio
+    value_clip: float | None = 0.2  # of the change in value; null: off
+    vf_coef: float = 0.1
+    value_hidden: int | None = (
+        None  # width of a hidden layer in the value head; null: a linear head
+    )
+    entropy_coef: float = 0.0
+    kl_coef: float = 0.05  # of the per-token penalty in the reward
+    kl_estimator: str = "k1"  # k1, abs, k2, k3 or full (over the vocabulary)
+    kl_target: float | None = (
+        None  # nats per completion that an adaptive coefficient steers to; null: fixed
+    )
+    kl_horizon: float = 10_000.0  # samples over which the adaptive coefficient moves
+    kl_loss_coef: float = 0.0  # of the full KL as a term of the loss (ARENA)
+    score_scaling: str = "none"  # none, running, first_batch or batch
+    score_clip: float | None = None  # clips scores to +- this; null: off
+    whiten: str = "batch"  # advantages: batch, minibatch or none
+    whiten_rewards: bool = False  # scale the shaped rewards to unit variance
+    missing_eos: str = "keep"  # completions without end-of-text: keep, subtract or replace
+    missing_eos_value: float = 1.0
+    stop_kl: float | None = (
+        None  # end the epochs when mean(old - new log-prob) exceeds this; null: off
+    )
+    ratio_guard: float | None = None  # skip a minibatch whose mean ratio exceeds this; null: off
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        zero = torch.zeros(1)
+        if self.kl_estimator != "full":
+            losses.kl_estimate(zero, zero, self.kl_estimator)
+        losses.lr_scale(
+            self.warmup,
+            total=self.steps,
+            warmup=self.warmup,
+            schedule=self.schedule,
+            floor=self.lr_floor,
+        )
+        require(self.whiten, ("batch", "minibatch", "none"), "algo.whiten")
+        apply_missing_eos(zero, zero.bool(), self.missing_eos, self.missing_eos_value)
+        ScoreScaling(self.score_scaling)
+        if self.minibatch < 1 or (self.batch * self.samples) % self.minibatch:
+            raise ValueError(
+                f"algo.minibatch={self.minibatch} must divide the {self.batch * self.samples} rollouts of a step "
+                f"(algo.batch={self.batch} * algo.samples={self.samples})"
+            )
+        if self.kl_target is not None and self.kl_target <= 0:
+            raise ValueError(
+                f"algo.kl_target={self.kl_target} must be positive, or null for a fixed coefficient"
+            )
+
+    def check(self, policy: Policy) -> None:
+        """Refuse a policy whose sampling would make the KL wrong."""
+        policy.require_plain_sampling("PPO")
+
+    def setup(self, policy: Policy, trial: Trial) -> None:
+        self.policy, self.accelerator, self.reference = policy, trial.accelerator, trial.reference
+        self.coef = self.kl_coef
+        self.scaling = ScoreScaling(self.score_scaling)
+        self.skipped = 0
+        module = PolicyWithValue(policy.model, self.value_hidden)
+        head = list(module.value_head.parameters())
+        body = [p for p in policy.model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(
+            [{"params": body, "lr": self.lr}, {"params": head, "lr": self.value_lr or self.lr}],
+            betas=tuple(self.betas or (0.9, 0.95)),
+            eps=self.eps,
+            weight_decay=self.weight_decay,
+        )
+        self.base_lrs = [group["lr"] for group in optimizer.param_groups]
+        self.module, self.optimizer = self.accelerator.prepare(module, optimizer)
+        self.trained = body + head
+
+    # ---------------------------------------------------------------------------------------------------- one step
+
+    def learn(self, rollouts: Rollouts, step: int) -> dict[str, float]:
+        assert rollouts.scores is not None
+        # 1. scores as the update sees them
+        scores = apply_missing_eos(
+            rollouts.scores, rollouts.ended, self.missing_eos, self.missing_eos_value
+        )
+        scores = self.scaling(scores)
+        if self.score_clip is not None:
+            scores = scores.clamp(-self.score_clip, self.score_clip)
+        # 2. log-probabilities, values and KL of the policy that sampled
+        experience = self.look_back(rollouts)
+        if step == 0:
+            self._assert_at_start(experience.log_ratio)
+        # 3. per-token rewards, advantages, returns
+        mask = rollouts.response
+        rewards = losses.shape_rewards(experience.kl, scores, mask, self.coef)
+        if self.whiten_rewards:
+            rewards = losses.whiten(rewards, mask, shift_mean=False)
+        experience.advantages, experience.returns = losses.gae(
+            rewards, experience.values, mask, self.gamma, self.lam
+        )
+        if self.whiten == "batch":
+            experience.advantages = losses.whiten(experience.advantages, mask)
+        # 4. epochs of minibatch updates
+        metrics = self.optimize(rollouts, experience, step)
+        # 5. the coefficient follows the KL
+        metrics |= self._kl_metrics(experience.log_ratio, mask) | {"kl/coef": self.coef}
+        if self.kl_target is not None:
+            self.coef = losses.adapt_kl_coef(
+                self.coef,
+                metrics["kl/k1"],
+                target=self.kl_target,
+                horizon=self.kl_horizon,
+                samples=len(rollouts),
+            )
+        unexplained = (
+            (experience.returns - experience.values)[mask.bool()].var()
+            if mask.sum() > 1
+            else torch.zeros(())
+        )
+        spread = experience.returns[mask.bool()].var() if mask.sum() > 1 else torch.ones(())
+        metrics |= {
+            "reward/shaped": float(rewards.sum(1).mean()),
+            "ppo/return": float(losses.masked_mean(experience.returns, mask)),
+            "ppo/explained_variance": float(1 - unexplained / spread.clamp(min=1e-8)),
+        }
+        return metrics
+
+    @torch.no_grad()
+    def look_back(self, rollouts: Rollouts) -> Experience:
+        """Log-probs, values and KL of every response token under the policy as it is now."""
+        logprobs, values, kl, log_ratio = (torch.zeros_like(rollouts.response) for _ in range(4))
+        temperature = self.policy.temperature
+        for batch in micro_batches(rollouts, torch.arange(len(rollouts)), self.token_budget):
+            logits, value = self.module(batch)
+            ref_logits = self.reference.logits(batch)
+            new = losses.selective_log_softmax(logits, batch.response_ids, temperature)
+            ref = losses.selective_log_softmax(ref_logits, batch.response_ids, temperature)
+            if self.kl_estimator == "full":
+                penalty = losses.full_kl(logits / temperature, ref_logits / temperature)
+            else:
+                penalty = losses.kl_estimate(new, ref, self.kl_estimator)
+            for whole, part in (
+                (logprobs, new),
+                (values, value),
+                (kl, penalty),
+                (log_ratio, new - ref),
+            ):
+                whole[batch.rows, : batch.length] = (
+                    part * rollouts.response[batch.rows, : batch.length]
+                )
+        if not kl.isfinite().all():
+            raise ValueError(
+                "the KL to the reference is no longer finite: resume from an earlier checkpoint with a lower algo.lr, or raise algo.kl_coef"
+            )
+        return Experience(logprobs, values, kl, log_ratio, advantages=values, returns=values)
+
+    def optimize(self, rollouts: Rollouts, experience: Experience, step: int) -> dict[str, float]:
+        """`epochs` passes in shuffled minibatches; stops early on `stop_kl`."""
+        scale = losses.lr_scale(
+            step,
+            total=self.schedule_steps or self.steps,
+            warmup=self.warmup,
+            schedule=self.schedule,
+            floor=self.lr_floor,
+        )
+        for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
+            group["lr"] = base * scale
+        totals: dict[str, float] = {}
+        updates = applied = 0
+        for epoch in range(self.epochs):
+            for rows in torch.randperm(len(rollouts)).split(self.minibatch):
+                stats = self.update(rollouts, experience, rows)
+                if updates == 0:
+                    self._assert_first_ratio(stats["ppo/ratio_error"])
+                updates += 1
+                applied += int(stats.pop("applied"))
+                totals = {k: totals.get(k, 0.0) + v for k, v in stats.items()}
+            if self.stop_kl is not None and stats["ppo/policy_kl"] > self.stop_kl:
+                break
+        if applied == 0:
+            raise ValueError(
+                "no update of this step had a finite loss and gradient: resume from the last checkpoint with a lower algo.lr"
+            )
+        means = {k: v / updates for k, v in totals.items() if k != "ppo/ratio_error"}
+        return means | {
+            "ppo/epochs": epoch + 1.0,
+            "ppo/skipped_updates": float(self.skipped),
+            "ppo/lr": self.lr * scale,
+        }
+
+    def update(self, rollouts: Rollouts, experience: Experience, rows: Tensor) -> dict[str, float]:
+        """One optimizer step on the rollouts at `rows`; means are over all their tokens, whatever the micro-batches."""
+        mask = rollouts.response[rows]
+        advantages = experience.advantages
+        if self.whiten == "minibatch":
+            advantages = advantages.clone()
+            advantages[rows] = losses.whiten(advantages[rows], mask)
+        count = mask.sum().clamp(min=1)
+        sums: dict[str, Tensor] = {}
+        for batch in micro_batches(rollouts, rows, self.token_budget):
+            loss, stats = self._token_sums(rollouts, experience, advantages, batch)
+            self.accelerator.backward(loss / count)
+            sums = {k: sums.get(k, torch.zeros(())) + v for k, v in stats.items()}
+        norm = self.accelerator.clip_grad_norm_(self.trained, self.max_grad_norm)
+        ratio_error = float(sums.pop("ppo/ratio_error"))
+        stats = {k: float(v / count) for k, v in sums.items()}
+        finite = bool(torch.isfinite(norm))
+        guarded = self.ratio_guard is not None and stats["ppo/ratio"] > self.ratio_guard
+        if finite and not guarded:
+            self.optimizer.step()
+        else:
+            self.skipped += 1
+        self.optimizer.zero_grad(set_to_none=True)
+        return stats | {
+            "ppo/grad_norm": float(norm) if finite else 0.0,
+            "ppo/ratio_error": ratio_error,
+            "applied": float(finite),
+        }
+
+    def _token_sums(
+        self, rollouts: Rollouts, experience: Experience, advantages: Tensor, batch: Batch
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss and statistics summed over the response tokens of a micro-batch."""
+        rows, columns = batch.rows, slice(0, batch.length)
+        mask = rollouts.response[rows, columns]
+        old = experience.logprobs[rows, columns]
+        logits, values = self.module(batch)
+        new = losses.selective_log_softmax(logits, batch.response_ids, self.policy.temperature)
+        new = torch.where(mask.bool(), new, old)
+        policy, clipped = losses.policy_loss(new, old, advantages[rows, columns], self.clip)
+        value, value_clipped = losses.value_loss(
+            values,
+            experience.values[rows, columns],
+            experience.returns[rows, columns],
+            self.value_clip,
+        )
+        per_token = policy + self.vf_coef * value
+        stats = {"ppo/policy_loss": policy, "ppo/value_loss": value}
+        if self.entropy_coef:
+            entropy = losses.entropy(logits / self.policy.temperature)
+            per_token = per_token - self.entropy_coef * entropy
+        else:
+            entropy = -new  # an unbiased estimate, at no cost
+        if self.kl_loss_coef:
+            temperature = self.policy.temperature
+            kl = losses.full_kl(logits / temperature, self.reference.logits(batch) / temperature)
+            per_token = per_token + self.kl_loss_coef * kl
+            stats["ppo/kl_loss"] = kl
+        change = (new - old).detach()
+        stats |= {
+            "ppo/entropy": entropy,
+            "ppo/clip_fraction": clipped.float(),
+            "ppo/value_clip_fraction": value_clipped.float(),
+            "ppo/ratio": change.exp(),
+            "ppo/approx_kl": 0.5 * change.square(),
+            "ppo/policy_kl": -change,
+        }
+        summed = {k: (v.detach() * mask).sum() for k, v in stats.items()}
+        summed["ppo/ratio_error"] = (change.exp() - 1).abs().max()
+        return (per_token * mask).sum(), summed
+
+    # -------------------------------------------------------------------------------------------------- invariants
+
+    @property
+    def _tolerance(self) -> float:
+        exact = self.policy.dtype == "float32" and self.accelerator.mixed_precision == "no"
+        return 1e-3 if exact else 0.25
+
+    def _assert_at_start(self, log_ratio: Tensor) -> None:
+        worst = float(log_ratio.abs().max())
+        assert worst < self._tolerance, (
+            f"before training the policy differs from its reference: log-ratio {worst:.2g}, not 0"
+        )
+
+    def _assert_first_ratio(self, error: float) -> None:
+        assert error < self._tolerance, (
+            f"before the first update the ratio is off by {error:.2g}: rollouts and training disagree"
+        )
+
+    @staticmethod
+    def _kl_metrics(log_ratio: Tensor, mask: Tensor) -> dict[str, float]:
+        """Nats per completion: per-token estimates summed over the response, mean over the batch."""
+        zero = torch.zeros_like(log_ratio)
+        return {
+            f"kl/{name}": float((losses.kl_estimate(log_ratio, zero, name) * mask).sum(1).mean())
+            for name in ("k1", "k2", "k3")
+        }
+
+    # ------------------------------------------------------------------------------------------------------- resume
+
+    def state(self) -> dict[str, Any]:
+        module: Any = self.accelerator.unwrap_model(self.module)
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "value_head": module.value_head.state_dict(),
+            "kl_coef": self.coef,
+            "scaling": self.scaling.state(),
+            "skipped": self.skipped,
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        module: Any = self.accelerator.unwrap_model(self.module)
+        module.value_head.load_state_dict(state["value_head"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.coef, self.skipped = state["kl_coef"], state["skipped"]
+        self.scaling.load_state(state["scaling"])

@@ -1,0 +1,127 @@
+"""From a config node to the object it describes, with the dataclass its `_target_` names as the schema."""
+
+import re
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.errors import InstantiationException
+from hydra.utils import get_class, instantiate
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
+
+from rlhf_exp.choices import nearest
+
+ROOT_KEYS = {
+    "stages", "seed", "artifacts", "objective", "show_every", "resume", "data", "policy", "labeller", "reward", "gold",
+    "algo", "sft", "hardware", "tracker", "preferences", "evaluation", "checkpoints",
+}  # fmt: skip
+
+
+def conf_directory() -> Path:
+    """conf/ inside the installed package, else at the root of the repository."""
+    package = Path(__file__).parent
+    return next(
+        p for p in (package / "conf", package.parent / "conf") if (p / "config.yaml").exists()
+    )
+
+
+def check(config: Any, key: str = "") -> None:
+    """Compare every node that names a `_target_` with its dataclass; ValueError for a wrong key or type.
+
+    Keys are checked at the root as well. Nothing is instantiated.
+    """
+    if isinstance(config, ListConfig):
+        for i, value in enumerate(config):
+            check(value, f"{key}[{i}]")
+    if not isinstance(config, DictConfig):
+        return
+    if not key:
+        for name in config:
+            if str(name) not in ROOT_KEYS:
+                raise ValueError(f"{name} is not a setting{nearest(str(name), ROOT_KEYS)}")
+    for name, value in config.items_ex(resolve=False):
+        check(
+            value if not OmegaConf.is_interpolation(config, name) else config[name],
+            f"{key}.{name}" if key else str(name),
+        )
+    if "_target_" in config:
+        _check_node(config, key)
+
+
+def _check_node(node: DictConfig, key: str) -> None:
+    schema = get_class(node._target_)
+    if not is_dataclass(schema):
+        return
+    values = {str(k): v for k, v in node.items() if k != "_target_"}
+    known = [f.name for f in fields(schema) if f.init]
+    for name in values:
+        if name not in known:
+            raise ValueError(
+                f"{key}.{name} is not a setting of {schema.__name__}{nearest(name, known)}"
+            )
+    plain = {
+        k: OmegaConf.to_container(v) if OmegaConf.is_config(v) else v for k, v in values.items()
+    }
+    try:
+        OmegaConf.merge(OmegaConf.structured(schema), plain)
+    except (ConfigKeyError, ValidationError, OmegaConfBaseException) as error:
+        first = str(error).splitlines()[0]
+        raise ValueError(
+            f"{key}.{getattr(error, 'key', None) or ''}: {first}".replace(".:", ":")
+        ) from None
+
+
+def build(node: Any, key: str) -> Any:
+    """The object that a plain, checked node describes. ValueErrors of its `__post_init__` come through as they are."""
+    try:
+        return instantiate(node, _convert_="all")
+    except InstantiationException as error:
+        cause = error.__cause__
+        while isinstance(cause, InstantiationException):
+            cause = cause.__cause__
+        if isinstance(cause, ValueError | OSError):
+            raise cause from None
+        raise ValueError(f"{key}: {error}") from error
+
+
+def explain(error: Exception, arguments: list[str]) -> str:
+    """One sentence for an error of Hydra's, with the nearest key, group or option."""
+    text = str(error)
+    if found := re.search(r"Could not find '([^']+)/([^'/]+)'", text):
+        group, option = found.groups()
+        options = sorted(p.stem for p in (conf_directory() / group).glob("*.yaml"))
+        return f"{group}={option} is not an option; there are {', '.join(options)}{nearest(option, options)}"
+    if found := re.search(r"full_key: (\S+)", text):
+        key = found.group(1)
+        return f"{key} is not a setting{nearest(key, _keys_beside(key, arguments))}"
+    if found := re.search(r"Could not override '([^']+)'", text):
+        groups = sorted(p.name for p in conf_directory().iterdir() if p.is_dir())
+        return f"{found.group(1)} is neither a setting nor a config group{nearest(found.group(1), [*groups, *ROOT_KEYS])}"
+    return " ".join(line.strip() for line in text.splitlines() if line.strip())
+
+
+def _keys_beside(key: str, arguments: list[str]) -> list[str]:
+    """Full names of the settings that `key` could have meant, under the options chosen on the command line."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    groups = {p.name for p in conf_directory().iterdir() if p.is_dir()}
+    chosen = [a.split(",")[0] for a in arguments if a.split("=")[0].split("@")[0] in groups]
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(conf_directory()), version_base="1.3"):
+        node: Any = compose("config", overrides=chosen)
+    parent = key.rpartition(".")[0]
+    node = OmegaConf.select(node, parent) if parent else node
+    return (
+        [f"{parent}.{k}" if parent else str(k) for k in node]
+        if isinstance(node, DictConfig)
+        else []
+    )
+
+
+def resolved(config: DictConfig) -> dict[str, Any]:
+    """The config as plain values, interpolations resolved."""
+    container = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    assert isinstance(container, dict)
+    return {str(k): v for k, v in container.items()}

@@ -1,0 +1,159 @@
+"""`data=local`: prompts, demonstrations and preference pairs from JSONL or Parquet files of the user."""
+
+import json
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rlhf_exp.artifacts import file_hash
+from rlhf_exp.data.rows import Dataset, Demonstration, Pair
+
+Row = TypeVar("Row")
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """One object per line; ValueError with the line's number for anything else, blank lines included."""
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(
+                f"{path}, line {number}: not valid JSON ({error}); mend or remove the line"
+            ) from None
+        if not isinstance(row, dict):
+            raise ValueError(
+                f'{path}, line {number}: expected an object like {{"prompt": ...}}, found {line[:40]!r}'
+            )
+        rows.append(row)
+    return rows
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+    )
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a .jsonl or .parquet file; FileNotFoundError or ValueError naming the file."""
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"there is no data file at {path}; check the path (it is relative to the working directory)"
+        )
+    if path.suffix == ".parquet":
+        import pyarrow.parquet as parquet
+
+        try:
+            rows = parquet.read_table(path).to_pylist()
+        except Exception as error:
+            raise ValueError(f"{path} cannot be read as Parquet ({error})") from None
+    elif path.suffix == ".jsonl":
+        rows = read_jsonl(path)
+    else:
+        raise ValueError(f"{path}: data files end in .jsonl or .parquet")
+    if not rows:
+        raise ValueError(f"{path} is empty; it must hold at least one row")
+    return rows
+
+
+def text_column(path: Path, row: dict[str, Any], number: int, column: str) -> str:
+    """`row[column]`, which must be text with something in it."""
+    if column not in row:
+        raise ValueError(
+            f"{path}, line {number}: no column {column!r}; it has {', '.join(row) or 'none'}"
+        )
+    value = row[column]
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(
+            f"{path}, line {number}: column {column!r} must be text that is not empty, not {value!r}"
+        )
+    return value
+
+
+@dataclass(kw_only=True)
+class Local:
+    """Files of the user; only `prompts` must be given."""
+
+    prompts: str  # file of prompts to train on
+    prompt_column: str = "prompt"
+    held_out: str | None = (
+        None  # file of prompts to evaluate on; null keeps `held_out_share` of `prompts` for that
+    )
+    held_out_share: float = 0.1
+    demonstrations: str | None = None  # file with prompt and completion, for the sft stage
+    completion_column: str = "completion"
+    preferences: str | None = None  # file with prompt, chosen and rejected, for labeller=dataset
+    chosen_column: str = "chosen"
+    rejected_column: str = "rejected"
+    seed: int = 0  # draws the held-out split
+
+    def __post_init__(self) -> None:
+        if not 0 < self.held_out_share < 1:
+            raise ValueError(f"data.held_out_share={self.held_out_share} must be between 0 and 1")
+
+    def _files(self) -> list[Path]:
+        named = (self.prompts, self.held_out, self.demonstrations, self.preferences)
+        return [Path(name).expanduser() for name in named if name is not None]
+
+    def identity(self) -> dict:
+        """Hashes of the files, so that an edited file is another data set."""
+        for path in self._files():
+            if not path.is_file():
+                raise FileNotFoundError(
+                    f"there is no data file at {path}; check the path (it is relative to the working directory)"
+                )
+        return {path.name: file_hash(path) for path in self._files()}
+
+    def load(self) -> Dataset:
+        prompts = self._read(self.prompts, self._prompt)
+        if self.held_out is not None:
+            held_out = self._read(self.held_out, self._prompt)
+        else:
+            random.Random(self.seed).shuffle(prompts)
+            cut = max(1, round(self.held_out_share * len(prompts)))
+            held_out, prompts = prompts[:cut], prompts[cut:]
+        if not prompts:
+            raise ValueError(
+                f"{self.prompts} has too few rows to keep some for evaluation: add rows or give data.held_out"
+            )
+        if shared := set(prompts) & set(held_out):
+            raise ValueError(
+                f"{len(shared)} prompts are both trained on and held out, for example {min(shared)[:60]!r}: remove the repeated rows"
+            )
+        pairs = self._read(self.preferences, self._pair)
+        cut = round(self.held_out_share * len(pairs))
+        return Dataset(
+            prompts=prompts,
+            held_out=held_out,
+            demonstrations=self._read(self.demonstrations, self._demonstration),
+            pairs=pairs[cut:],
+            held_out_pairs=pairs[:cut],
+        )
+
+    def _read(
+        self, name: str | None, parse: Callable[[Path, dict[str, Any], int], Row]
+    ) -> list[Row]:
+        if name is None:
+            return []
+        path = Path(name).expanduser()
+        return [parse(path, row, number) for number, row in enumerate(read_rows(path), 1)]
+
+    def _prompt(self, path: Path, row: dict[str, Any], number: int) -> str:
+        return text_column(path, row, number, self.prompt_column)
+
+    def _demonstration(self, path: Path, row: dict[str, Any], number: int) -> Demonstration:
+        return Demonstration(
+            self._prompt(path, row, number), text_column(path, row, number, self.completion_column)
+        )
+
+    def _pair(self, path: Path, row: dict[str, Any], number: int) -> Pair:
+        chosen = text_column(path, row, number, self.chosen_column)
+        rejected = text_column(path, row, number, self.rejected_column)
+        if chosen == rejected:
+            raise ValueError(
+                f"{path}, line {number}: chosen and rejected are equal, so the pair says nothing; remove it"
+            )
+        return Pair(self._prompt(path, row, number), chosen, rejected)

@@ -1,0 +1,171 @@
+"""What a policy is worth on held-out prompts: proxy, gold, KL to the start, lengths, diversity.
+
+Evaluation draws from its own random generator, so evaluating more often does not change what is trained.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from rlhf_exp import losses
+from rlhf_exp.artifacts import write_json
+from rlhf_exp.policy import MAX_ROLLOUT_TOKENS, Policy, Rollouts, micro_batches, response_logits
+from rlhf_exp.reference import Reference
+from rlhf_exp.rewards import score
+
+
+@dataclass(kw_only=True)
+class Evaluation:
+    """How often and on what; sampling is the policy's own (temperature, top_k, top_p)."""
+
+    every: int = 10  # steps between evaluations; start and end are always evaluated
+    prompts: int = 256  # held-out prompts used
+    samples: int = 1  # completions per prompt
+    seed: int = 1234  # draws the completions
+
+    def __post_init__(self) -> None:
+        if min(self.every, self.prompts, self.samples) < 1:
+            raise ValueError(
+                "evaluation.every, evaluation.prompts and evaluation.samples must be at least 1"
+            )
+
+
+class Evaluator:
+    """Writes evaluation/step-<k>.json, one row per completion, and returns the means."""
+
+    def __init__(
+        self, settings: Evaluation, prompts: list[str], proxy: Any, gold: Any, directory: Path
+    ) -> None:
+        self.settings, self.proxy, self.gold = settings, proxy, gold
+        self.prompts = prompts[: settings.prompts]
+        self.folder = directory / "evaluation"
+
+    def due(self, step: int, last: int) -> bool:
+        return step % self.settings.every == 0 or step == last
+
+    def __call__(self, step: int, policy: Policy, reference: Reference) -> dict[str, float]:
+        with torch.random.fork_rng():
+            torch.manual_seed(self.settings.seed)
+            rollouts = policy.sample(self.prompts, self.settings.samples)
+        proxy = score(self.proxy, rollouts.prompts, rollouts.completions)
+        gold = score(self.gold, rollouts.prompts, rollouts.completions, "gold")
+        log_ratio = sampled_log_ratio(policy, reference, rollouts)
+        zero = torch.zeros_like(log_ratio)
+        columns: dict[str, Any] = {
+            "prompt": rollouts.prompts,
+            "completion": rollouts.completions,
+            "proxy": proxy.objective.tolist(),
+            "gold": gold.objective.tolist(),
+            "length": rollouts.response.sum(1).tolist(),
+            "ended": rollouts.ended.tolist(),
+        }
+        columns |= {k: losses.kl_estimate(log_ratio, zero, k).sum(1).tolist() for k in ("k1", "k3")}
+        columns |= {f"proxy/{k}": v.tolist() for k, v in proxy.members.items()}
+        rows = [
+            dict(zip(columns, values, strict=True))
+            for values in zip(*columns.values(), strict=True)
+        ]
+        sampling = {
+            k: getattr(policy, k) for k in ("temperature", "top_k", "top_p", "max_new_tokens")
+        }
+        means = summarise(rows)
+        write_json(
+            self.folder / f"step-{step:06d}.json",
+            {
+                "step": step,
+                "seed": self.settings.seed,
+                "sampling": sampling,
+                "metrics": means,
+                "rows": rows,
+            },
+        )
+        return means
+
+
+@torch.no_grad()
+def sampled_log_ratio(policy: Policy, reference: Reference, rollouts: Rollouts) -> torch.Tensor:
+    """log policy - log reference of each response token [n, r] on the CPU, zero elsewhere."""
+    found = torch.zeros_like(rollouts.response)
+    for batch in micro_batches(rollouts, torch.arange(len(rollouts)), MAX_ROLLOUT_TOKENS):
+        logits = response_logits(policy.model, batch)[0]
+        new = losses.selective_log_softmax(logits, batch.response_ids, policy.temperature)
+        ref = losses.selective_log_softmax(
+            reference.logits(batch), batch.response_ids, policy.temperature
+        )
+        found[batch.rows, : batch.length] = (new - ref) * rollouts.response[
+            batch.rows, : batch.length
+        ]
+    return found.cpu()
+
+
+def summarise(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Means over the completions, under the names that metrics and figures use."""
+
+    def mean(key: str) -> float:
+        return sum(row[key] for row in rows) / len(rows)
+
+    members = [k for k in rows[0] if k.startswith("proxy/")]
+    spread = [float(np.var([row[m] for m in members])) for row in rows] if members else [0.0]
+    names = {"proxy": "reward/proxy", "gold": "reward/gold", "k1": "kl/k1", "k3": "kl/k3"}
+    names |= {"length": "length/mean", "ended": "length/ended"} | {
+        m: f"reward/{m}" for m in members
+    }
+    texts = [row["completion"] for row in rows]
+    return (
+        {name: mean(key) for key, name in names.items()}
+        | {"reward/variance": sum(spread) / len(spread)}
+        | {f"text/distinct_{n}": distinct(texts, n) for n in (1, 2, 3)}
+    )
+
+
+def distinct(texts: list[str], n: int) -> float:
+    """Share of different n-grams among all n-grams of whitespace-separated words; 0 if there are none."""
+    grams = [
+        tuple(words[i : i + n])
+        for words in map(str.split, texts)
+        for i in range(len(words) - n + 1)
+    ]
+    return len(set(grams)) / len(grams) if grams else 0.0
+
+
+def read_evaluations(directory: Path) -> list[dict[str, Any]]:
+    """All evaluations of a run, by step."""
+    return [
+        json.loads(p.read_text()) for p in sorted((directory / "evaluation").glob("step-*.json"))
+    ]
+
+
+def bootstrap_interval(
+    values: list[float], seed: int = 0, resamples: int = 2000
+) -> tuple[float, float]:
+    """95 % percentile bootstrap interval of the mean."""
+    x = np.asarray(values)
+    means = x[np.random.default_rng(seed).integers(0, len(x), (resamples, len(x)))].mean(1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def summary(directory: Path) -> dict[str, Any]:
+    """Before and after with 95 % intervals over held-out prompts, the change paired by prompt, and the peak of gold."""
+    evaluations = read_evaluations(directory)
+    first, last = evaluations[0], evaluations[-1]
+    table: dict[str, Any] = {"step": last["step"], "prompts": len(last["rows"])}
+    for key, name in (("proxy", "proxy"), ("gold", "gold"), ("k1", "kl"), ("length", "length")):
+        before, after = ([row[key] for row in e["rows"]] for e in (first, last))
+        change = [b - a for a, b in zip(before, after, strict=True)]
+        table[name] = {
+            side: {"mean": math.fsum(x) / len(x), "interval": bootstrap_interval(x)}
+            for side, x in (("before", before), ("after", after), ("change", change))
+        }
+    peak = max(evaluations, key=lambda e: e["metrics"]["reward/gold"])
+    table["gold_peak"] = {
+        "step": peak["step"],
+        "mean": peak["metrics"]["reward/gold"],
+        "kl": peak["metrics"]["kl/k1"],
+    }
+    return table

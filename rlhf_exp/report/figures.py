@@ -1,0 +1,106 @@
+"""Figures of one run, from its stored files alone."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rlhf_exp.evaluation.scoring import read_evaluations
+
+GOLD, PROXY, GREY = "#b8860b", "#1f5fa8", "#8a8a8a"
+
+
+def draw(directory: Path) -> None:
+    """Write figures/{scores_by_step,scores_by_kl,members,kl_coefficient}.png."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update(
+        {
+            "font.size": 9,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "grid.alpha": 0.25,
+        }
+    )
+    evaluations = read_evaluations(directory)
+    metrics = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    steps = [row for row in metrics if "reward/proxy" in row]
+    folder = directory / "figures"
+    folder.mkdir(exist_ok=True)
+    for name, plot in (
+        ("scores_by_step", _by_step),
+        ("scores_by_kl", _by_kl),
+        ("members", _members),
+    ):
+        figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
+        plot(axes, evaluations)
+        axes.legend(frameon=False)
+        figure.savefig(folder / f"{name}.png", dpi=150)
+        plt.close(figure)
+    figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    _kl_coefficient(axes, steps)
+    figure.savefig(folder / "kl_coefficient.png", dpi=150)
+    plt.close(figure)
+
+
+def _series(evaluations: list[dict[str, Any]], key: str) -> list[float]:
+    return [e["metrics"][key] for e in evaluations]
+
+
+def _by_step(axes: Any, evaluations: list[dict[str, Any]]) -> None:
+    x = [e["step"] for e in evaluations]
+    axes.plot(
+        x,
+        _series(evaluations, "reward/proxy"),
+        "o-",
+        color=PROXY,
+        markersize=3,
+        label="proxy (trained on)",
+    )
+    axes.plot(x, _series(evaluations, "reward/gold"), "o-", color=GOLD, markersize=3, label="gold")
+    axes.set(xlabel="step", ylabel="mean score on held-out prompts")
+
+
+def _by_kl(axes: Any, evaluations: list[dict[str, Any]]) -> None:
+    x = [max(0.0, k) ** 0.5 for k in _series(evaluations, "kl/k1")]
+    axes.plot(
+        x,
+        _series(evaluations, "reward/proxy"),
+        "o-",
+        color=PROXY,
+        markersize=3,
+        label="proxy (trained on)",
+    )
+    axes.plot(x, _series(evaluations, "reward/gold"), "o-", color=GOLD, markersize=3, label="gold")
+    axes.set(xlabel="√KL to the start (√nats)", ylabel="mean score on held-out prompts")
+
+
+def _members(axes: Any, evaluations: list[dict[str, Any]]) -> None:
+    x = [e["step"] for e in evaluations]
+    names = [k for k in evaluations[0]["metrics"] if k.startswith("reward/proxy/")]
+    for i, name in enumerate(names):
+        axes.plot(
+            x,
+            _series(evaluations, name),
+            color=GREY,
+            alpha=0.7,
+            linewidth=1,
+            label="members" if i == 0 else None,
+        )
+    axes.plot(
+        x, _series(evaluations, "reward/proxy"), "o-", color=PROXY, markersize=3, label="objective"
+    )
+    axes.set(xlabel="step", ylabel="mean score on held-out prompts")
+
+
+def _kl_coefficient(axes: Any, steps: list[dict[str, Any]]) -> None:
+    x = [row["step"] for row in steps]
+    axes.plot(x, [row.get("kl/coef", 0.0) for row in steps], color=PROXY)
+    axes.set(xlabel="step", ylabel="KL coefficient")
+    right = axes.twinx()
+    right.plot(x, [row.get("kl/k1", 0.0) for row in steps], color=GREY)
+    right.set_ylabel("KL to the start (nats)", color=GREY)
+    right.grid(visible=False)

@@ -1,0 +1,55 @@
+"""What a run says in words: the closing table and the model card."""
+
+import json
+from typing import Any
+
+ROWS = {"gold": "gold", "proxy": "proxy", "kl": "KL (nats)", "length": "tokens"}
+
+
+def as_table(summary: dict[str, Any]) -> str:
+    """Before -> after on the held-out prompts, with 95 % bootstrap intervals."""
+    lines = [f"{'':10} {'before':>8} {'after':>8} {'change':>8}   95 % interval of the change"]
+    for key, label in ROWS.items():
+        means = [summary[key][side]["mean"] for side in ("before", "after", "change")]
+        low, high = summary[key]["change"]["interval"]
+        lines.append(
+            f"{label:10} " + " ".join(f"{m:8.3f}" for m in means) + f"   [{low:.3f}, {high:.3f}]"
+        )
+    peak = summary["gold_peak"]
+    lines.append(
+        f"gold was highest at step {peak['step']} ({peak['mean']:.3f}, KL {peak['kl']:.1f}); {summary['prompts']} completions"
+    )
+    return "\n".join(lines)
+
+
+def model_card(about: dict[str, Any], summary: dict[str, Any]) -> str:
+    """README.md of a saved policy."""
+    config = about["config"]
+    algo, reward = (config[k]["_target_"].rsplit(".", 1)[-1] for k in ("algo", "reward"))
+    start = (
+        config["policy"]["path"]
+        or f"a {config['policy']['architecture']['model_type']} built from scratch"
+    )
+    return f"""---
+library_name: {"peft" if config["policy"]["lora"] else "transformers"}
+tags: [rlhf_exp, {algo.lower()}]
+---
+
+# {algo} on {reward}
+
+Trained by rlhf_exp {about["versions"]["rlhf_exp"]} from {start}, seed {about["seed"]}, run {about["fingerprint"]}.
+
+```
+{as_table(summary)}
+```
+
+Proxy is the reward it was trained on, gold the reward it was not. Measured on held-out prompts with the policy's own sampling.
+
+<details><summary>Settings</summary>
+
+```json
+{json.dumps(config, indent=2)}
+```
+
+</details>
+"""

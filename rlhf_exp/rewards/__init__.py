@@ -1,0 +1,85 @@
+"""A reward says how good completions are. It sees text, so it never has to share a tokenizer with the policy.
+
+`score` is the one place where the loop, the evaluation and the labellers ask a reward, and where its answer is checked.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from rlhf_exp.artifacts import Store
+
+
+@dataclass(kw_only=True)
+class Fitting:
+    """What a reward may use to fit itself; what it does not ask for is not made."""
+
+    store: Store
+    pairs: Callable[[], Path]  # artifact with train.jsonl and evaluation.jsonl
+    policy: Callable[[], Path | str]  # the start policy, for rewards that begin from its weights
+    samples: Callable[[], list[tuple[str, str]]]  # prompts with completions of the start policy
+
+
+class Reward(Protocol):
+    """Higher is better. `fit` makes or finds what the reward needs, `load` brings it to a device.
+
+    A reward that fits itself on preference pairs also has a true `learns_from_pairs`.
+    """
+
+    def fit(self, fitting: Fitting) -> None: ...
+
+    def load(self, device: str | torch.device) -> None: ...
+
+    def __call__(self, prompts: list[str], completions: list[str]) -> Tensor:
+        """float32 [n]"""
+        ...
+
+
+@runtime_checkable
+class HasMembers(Protocol):
+    """A reward made of others, which metrics want to see one by one."""
+
+    def member_scores(self, prompts: list[str], completions: list[str]) -> dict[str, Tensor]: ...
+
+    def combine(self, members: dict[str, Tensor]) -> Tensor: ...
+
+
+@dataclass
+class Scores:
+    """`objective` [n] is what to optimise; `members` holds the scores [n] it was made from, if any."""
+
+    objective: Tensor
+    members: dict[str, Tensor]
+
+
+def score(reward: Any, prompts: list[str], completions: list[str], name: str = "reward") -> Scores:
+    """Ask `reward` once; ValueError if the answer is not one finite number per completion."""
+    if isinstance(reward, HasMembers):
+        members = {
+            k: _checked(v, completions, f"{name} {k}")
+            for k, v in reward.member_scores(prompts, completions).items()
+        }
+        return Scores(reward.combine(members), members)
+    return Scores(_checked(reward(prompts, completions), completions, name), {})
+
+
+def _checked(scores: Any, completions: list[str], name: str) -> Tensor:
+    count = len(completions)
+    if not isinstance(scores, Tensor) or scores.ndim != 1 or len(scores) != count:
+        got = (
+            f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
+        )
+        raise ValueError(
+            f"{name} must give a tensor with one score for each of {count} completions, not {got}"
+        )
+    bad = (~scores.isfinite()).nonzero()
+    if len(bad):
+        text = completions[int(bad[0])][:60]
+        raise ValueError(
+            f"{name} gave {float(scores[bad[0]])} for the completion {text!r}; scores must be finite"
+        )
+    return scores.float().cpu()

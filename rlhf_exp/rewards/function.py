@@ -1,0 +1,55 @@
+"""A reward that is any Python function, with the signature of TRL's `reward_funcs`."""
+
+import importlib
+import inspect
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rlhf_exp.rewards import Fitting
+
+
+@dataclass(kw_only=True)
+class Function:
+    """`module:function`, called as f(prompts=[...], completions=[...]) -> one number per completion."""
+
+    function: str  # e.g. my_rewards:politeness; modules in the working directory are found
+
+    def __post_init__(self) -> None:
+        module, _, name = self.function.partition(":")
+        if not module or not name:
+            raise ValueError(f"reward.function={self.function} must have the form module:function")
+
+    def fit(self, fitting: Fitting) -> None:
+        """Nothing to fit; a function that cannot be found fails here, before anything trains."""
+        self.load("cpu")
+
+    def load(self, device: str | torch.device) -> None:
+        module, _, name = self.function.partition(":")
+        if str(Path.cwd()) not in sys.path:
+            sys.path.insert(0, str(Path.cwd()))
+        try:
+            self.call = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError) as error:
+            raise ValueError(
+                f"reward.function={self.function} cannot be imported ({error}); check module and name"
+            ) from None
+        if not callable(self.call):
+            raise ValueError(f"reward.function={self.function} is not a function")
+
+    def __call__(self, prompts: list[str], completions: list[str]) -> Tensor:
+        try:
+            scores = self.call(prompts=prompts, completions=completions)
+        except Exception as error:
+            where = inspect.getsourcefile(self.call) or self.function
+            raise ValueError(
+                f"reward.function={self.function} ({where}) raised {type(error).__name__}: {error}"
+            ) from error
+        if scores is None or any(s is None for s in scores):
+            raise ValueError(
+                f"reward.function={self.function} gave None; it must return one number per completion"
+            )
+        return torch.as_tensor(scores, dtype=torch.float32)

@@ -1,0 +1,62 @@
+"""TRL's RewardTrainer as rewards/pairwise.py uses it; apart, because importing TRL costs seconds."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from trl import RewardConfig, RewardTrainer
+
+from rlhf_exp import losses
+
+if TYPE_CHECKING:
+    from rlhf_exp.rewards.pairwise import Pairwise
+
+
+def training_config(reward: "Pairwise", folder: Path) -> RewardConfig:
+    """The settings of `reward` in TRL's words; nothing is saved or reported by the trainer itself."""
+    on_cpu = not torch.cuda.is_available()
+    return RewardConfig(
+        output_dir=str(folder / "trainer"),
+        num_train_epochs=reward.epochs,
+        learning_rate=reward.lr,
+        per_device_train_batch_size=reward.micro_batch,
+        gradient_accumulation_steps=reward.batch // reward.micro_batch,
+        max_length=reward.max_length,
+        seed=reward.seed,
+        data_seed=reward.seed,
+        use_cpu=on_cpu,
+        bf16=False,
+        activation_checkpointing=False,
+        disable_dropout=True,
+        save_strategy="no",
+        logging_strategy="no",
+        report_to=[],
+        disable_tqdm=not sys.stderr.isatty(),
+    )
+
+
+class RewardTraining(RewardTrainer):
+    """Adds the L2 pull on scores, and LoRA from plain fields."""
+
+    def __init__(self, *, score_l2: float, lora: dict[str, Any] | None, **kwargs) -> None:
+        if lora is not None:
+            from peft import LoraConfig
+
+            kwargs["peft_config"] = LoraConfig(
+                task_type="SEQ_CLS", modules_to_save=["score"], **lora
+            )
+        super().__init__(**kwargs)
+        self.score_l2 = score_l2
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None) -> Any:
+        outputs = model(**inputs)
+        better, worse = outputs.logits.squeeze(-1).chunk(2)
+        loss: Tensor = losses.preference_loss(better, worse, self.score_l2).mean()
+        return (loss, outputs) if return_outputs else loss
+
+    def merged_model(self) -> Any:
+        """The trained classifier, an adapter folded in."""
+        model: Any = self.accelerator.unwrap_model(self.model)
+        return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model

@@ -1,0 +1,263 @@
+"""The stages of a run, in order, and what they hand over.
+
+What a stage makes is an artifact, named by the fingerprint of everything that decides it. A finished artifact is reused,
+so the second command on a machine starts at `align`. A stage seeds itself: what it makes does not depend on whether the
+stages before it were made or found.
+"""
+
+import json
+import logging
+import platform
+import subprocess
+from functools import cached_property
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlhf_exp import __version__
+from rlhf_exp.artifacts import Store, fingerprint, write_directory, write_json
+from rlhf_exp.config import build
+from rlhf_exp.data.rows import Dataset
+from rlhf_exp.evaluation.scoring import Evaluator, summary
+from rlhf_exp.policy import Policy
+from rlhf_exp.reference import Reference
+from rlhf_exp.report.text import as_table, model_card
+from rlhf_exp.rewards import Fitting
+from rlhf_exp.tracking import Log
+from rlhf_exp.trial import Trial, seed_everything
+
+logger = logging.getLogger(__name__)
+
+STAGES = ("sft", "preferences", "reward", "align", "evaluate")
+
+
+def config_fingerprint(config: dict[str, Any]) -> str:
+    """Names a run by what decides its outcome; where files lie and who is told does not."""
+    return fingerprint(
+        {
+            k: v
+            for k, v in config.items()
+            if k not in ("artifacts", "tracker", "resume", "show_every")
+        }
+    )
+
+
+def describe(config: dict[str, Any]) -> dict[str, Any]:
+    """What run.json says before the run has done anything."""
+    root = Path(__file__).parent.parent
+    git = subprocess.run(
+        ["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True
+    )
+    packages = (
+        "torch",
+        "transformers",
+        "trl",
+        "peft",
+        "accelerate",
+        "datasets",
+        "hydra-core",
+        "omegaconf",
+    )
+    return {
+        "fingerprint": config_fingerprint(config),
+        "seed": config["seed"],
+        "config": config,
+        "versions": {"rlhf_exp": __version__, "python": platform.python_version()}
+        | {p: metadata.version(p) for p in packages},
+        "git": git.stdout.strip() or None,
+        "machine": {
+            "system": platform.platform(),
+            "processor": platform.machine(),
+            "gpus": torch.cuda.device_count(),
+        },
+    }
+
+
+class Stages:
+    """One run: the objects its config describes, and a method for each stage."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.about: dict[str, Any] = json.loads((directory / "run.json").read_text())
+        self.config = config = self.about["config"]
+        for name in config["stages"]:
+            if name not in STAGES:
+                raise ValueError(f"stages names {name}; the stages are {', '.join(STAGES)}")
+        built = {
+            k: build(v, k) for k, v in config.items() if isinstance(v, dict) and "_target_" in v
+        }
+        self.policy: Policy = built["policy"]
+        self.source, self.labeller, self.reward, self.gold = (
+            built[k] for k in ("data", "labeller", "reward", "gold")
+        )
+        self.algo, self.sft_settings, self.tracker = built["algo"], built["sft"], built["tracker"]
+        self.settings, self.evaluation, self.checkpoints = (
+            built[k] for k in ("preferences", "evaluation", "checkpoints")
+        )
+        if "align" in config["stages"]:
+            self.algo.check(self.policy)
+        self.store = Store(Path(config["artifacts"]).expanduser().absolute())
+        self.data_spec = {"config": config["data"], "files": self.source.identity()}
+        self.policy.identity()  # a path that leads nowhere ends the run here
+        self.accelerator = built["hardware"].accelerator()
+        self.device = self.accelerator.device
+
+    def run(self) -> None:
+        """Do the stages asked for."""
+        stages = self.config["stages"]
+        self.policy.check_prompts(self.data.prompts + self.data.held_out, self.base)
+        for name in stages:
+            logger.info("stage %s", name)
+            getattr(self, f"run_{name}")()
+        write_json(self.directory / "run.json", self.about | {"artifacts": self.store.used})
+
+    # ------------------------------------------------------------------------------------- what stages hand over
+
+    @cached_property
+    def data(self) -> Dataset:
+        return self.source.load()
+
+    @cached_property
+    def base(self) -> Path | str:
+        """Weights before any training of ours."""
+        told = [d.completion for d in self.data.demonstrations]
+        return self.policy.base(self.store, self.data.prompts + told)
+
+    @cached_property
+    def start(self) -> Path | str:
+        """The start policy: fine-tuned on demonstrations, if the policy asks for it."""
+        if not self.policy.sft:
+            return self.base
+        policy = self.config["policy"]
+        spec = {
+            "version": __version__,
+            "data": self.data_spec,
+            "policy": self.policy.identity()
+            | {k: policy[k] for k in ("lora", "train_top", "chat", "prefix")},
+            "sft": self.config["sft"],
+        }
+
+        def make(folder: Path) -> None:
+            self.policy.load(self.base, trainable=True, device=self.device)
+            self.sft_settings.make(folder, self.data, self.policy)
+
+        return self.store.get("sft", "policy", spec, make)
+
+    @cached_property
+    def pairs(self) -> Path:
+        """Preference pairs, labelled and made noisy."""
+        gold = self.config["gold"] if self.labeller.source == "sampled" else None
+        spec = {
+            "version": __version__,
+            "data": self.data_spec,
+            "labeller": self.config["labeller"],
+            "gold": gold,
+        }
+        spec |= {"preferences": self.config["preferences"]}
+        if self.labeller.source == "sampled":
+            spec |= self._sampling_spec()
+
+        def make(folder: Path) -> None:
+            self.policy.load(self.start, device=self.device)
+            self.labeller.load(self.gold, self.device)
+            self.settings.make(folder, self.data, self.policy, self.labeller)
+
+        return self.store.get("preferences", "pairs", spec, make)
+
+    def _sampling_spec(self) -> dict[str, Any]:
+        """What decides the completions of the start policy."""
+        sampling = (
+            "temperature",
+            "top_k",
+            "top_p",
+            "max_new_tokens",
+            "min_new_tokens",
+            "prefix",
+            "chat",
+            "dtype",
+        )
+        start = self.start.name if isinstance(self.start, Path) else self.start
+        identity = self.policy.identity() if not self.policy.sft else None
+        return {
+            "start": start,
+            "base": identity,
+            "sampling": {k: self.config["policy"][k] for k in sampling},
+        }
+
+    def _start_samples(self) -> list[tuple[str, str]]:
+        """Held-out prompts with completions of the start policy, for score statistics."""
+        self.policy.load(self.start, device=self.device)
+        seed_everything(self.settings.seed)
+        rollouts = self.policy.sample(self.data.held_out[:512])
+        return list(zip(rollouts.prompts, rollouts.completions, strict=True))
+
+    # ---------------------------------------------------------------------------------------------------- stages
+
+    def run_sft(self) -> None:
+        logger.info("start policy: %s", self.start)
+
+    def run_preferences(self) -> None:
+        if "reward" in self.config["stages"] and not getattr(
+            self.reward, "learns_from_pairs", False
+        ):
+            logger.info("skipped: this reward learns from no pairs")
+            return
+        logger.info("preference pairs: %s", self.pairs)
+
+    def run_reward(self) -> None:
+        fitting = Fitting(
+            store=self.store,
+            pairs=lambda: self.pairs,
+            policy=lambda: self.start,
+            samples=self._start_samples,
+        )
+        self.reward.fit(fitting)
+        self.gold.fit(fitting)
+
+    def run_align(self) -> None:
+        if "reward" not in self.config["stages"]:
+            self.run_reward()  # finds what an earlier run made
+        self.policy.load(self.start, trainable=True, device=self.device)
+        self.reward.load(self.device)
+        self.gold.load(self.device)
+        trial = Trial(
+            directory=self.directory,
+            seed=self.config["seed"],
+            accelerator=self.accelerator,
+            reference=Reference(self.policy),
+            log=Log(self.directory, self.tracker, show_every=self.config["show_every"]),
+            checkpoints=self.checkpoints,
+            evaluator=Evaluator(
+                self.evaluation, self.data.held_out, self.reward, self.gold, self.directory
+            ),
+        )
+        self.checkpoints.open(self.directory)
+        self.tracker.start(self.config, self.directory)
+        with trial.listening():
+            self.algo.run(self.policy, self.reward, self.data, trial)
+        self.tracker.finish()
+        folder = self.directory / "policy"
+        if not folder.exists():
+            write_directory(
+                folder,
+                lambda f: self.policy.save(f, self._model_card()),
+                {"run": self.about["fingerprint"]},
+            )
+
+    def _model_card(self) -> str:
+        return model_card(self.about, summary(self.directory))
+
+    def run_evaluate(self) -> None:
+        if not (self.directory / "evaluation").exists():
+            raise ValueError("there is nothing to evaluate yet: add align to stages")
+        from rlhf_exp.report.figures import draw
+
+        table = summary(self.directory) | {
+            "seed": self.config["seed"],
+            "fingerprint": self.about["fingerprint"],
+        }
+        draw(self.directory)
+        write_json(self.directory / "summary.json", table)
+        print(as_table(table))

@@ -1,0 +1,127 @@
+"""One training run as an algorithm sees it: seed, accelerator, reference, and what happens between steps.
+
+`begin` restores or evaluates, `log_step` records, `end_step` evaluates, saves and stops when asked to. The loop calls
+these three and knows nothing of files, signals or schedules.
+"""
+
+import random
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+
+from rlhf_exp.checkpoints import Checkpoints, random_state, set_random_state
+from rlhf_exp.evaluation.scoring import Evaluator
+from rlhf_exp.policy import Policy, Rollouts
+from rlhf_exp.reference import Reference
+from rlhf_exp.tracking import Log
+
+
+class Stopped(Exception):
+    """A signal asked for a stop; the state is saved."""
+
+    def __init__(self, step: int, directory: Path, number: int) -> None:
+        super().__init__(
+            f"stopped after step {step}, state saved; continue with: python -m rlhf_exp resume={directory}"
+        )
+        self.exit_code = 128 + number
+
+
+@dataclass(kw_only=True)
+class Trial:
+    """What `Algorithm.run` gets beside policy, reward and data."""
+
+    directory: Path
+    seed: int
+    accelerator: Any
+    reference: Reference
+    log: Log
+    checkpoints: Checkpoints
+    evaluator: Evaluator
+    signalled: int = field(default=0, init=False)
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """While inside, SIGINT, SIGTERM and SIGUSR1 ask for a save and a clean stop after the step."""
+        before = {
+            n: signal.signal(n, self._remember)
+            for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+        }
+        try:
+            yield
+        finally:
+            self.log.close()
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def begin(self, policy: Policy, algorithm: Any, steps: int) -> int:
+        """The step to start from: 0 after a first evaluation, or that of the newest checkpoint, restored."""
+        self.steps = steps
+        found = self.checkpoints.latest()
+        if found is None:
+            self.log.begin(0, steps)
+            seed_everything(self.seed)
+            self._evaluate(0, policy)
+            return 0
+        step, state = found
+        self.log.begin(step, steps)
+        policy.load_trainable_state(state["policy"])
+        algorithm.load_state(state["algorithm"])
+        set_random_state(state["random"])
+        return step
+
+    def log_step(
+        self, step: int, rollouts: Rollouts, metrics: dict[str, float], seconds: dict[str, float]
+    ) -> None:
+        """Record what one step sampled, scored and learned."""
+        self.log.step(step, rollouts, metrics, seconds)
+
+    def end_step(self, step: int, policy: Policy, algorithm: Any) -> None:
+        """After `step` steps: evaluate and save when due, and stop if a signal came."""
+        improved = self.evaluator.due(step, self.steps) and self._evaluate(step, policy)
+        due = step % self.checkpoints.every == 0 or step == self.steps
+        if due or improved or self.signalled:
+            state = {
+                "policy": policy.trainable_state(),
+                "algorithm": algorithm.state(),
+                "random": random_state(),
+            }
+            self.checkpoints.save(step, state, self.checkpoints.best_so_far()[0])
+        if self.signalled and step < self.steps:
+            raise Stopped(step, self.directory, self.signalled)
+
+    def _evaluate(self, step: int, policy: Policy) -> bool:
+        """Evaluate and tell whether this is the best so far."""
+        result = self.evaluator(step, policy, self.reference)
+        self.log.evaluation(step, result)
+        name = self.checkpoints.best
+        if name not in result:
+            raise ValueError(
+                f"checkpoints.best={name} is no evaluation metric; choose one of {', '.join(result)}"
+            )
+        if step == 0 or result[name] <= self.checkpoints.best_so_far()[1]:
+            return False
+        self.checkpoints.mark_best(step, result[name])
+        return True
+
+    def _remember(self, number: int, _frame: FrameType | None) -> None:
+        """The first signal asks for a stop after this step; a second one stops at once."""
+        if self.signalled:
+            raise KeyboardInterrupt
+        self.signalled = number
+        self.log.say(
+            f"stopping after this step (signal {number}); once more stops at once, without saving"
+        )
+
+
+def seed_everything(seed: int) -> None:
+    """Seed every random generator a stage draws from."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)

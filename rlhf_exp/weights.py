@@ -1,0 +1,298 @@
+"""Where weights come from: a hub id, a folder, a GGUF file, an installed package, or nothing but a config.
+
+transformers is imported inside the functions, because it costs seconds.
+"""
+
+import hashlib
+import json
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from rlhf_exp.artifacts import Store
+
+if TYPE_CHECKING:
+    from rlhf_exp.policy import Policy
+
+PAD = "<|pad|>"
+END = "<|endoftext|>"
+
+
+def locate(path: str, package: str | None = None) -> Path | str:
+    """A folder, a GGUF file, or the id of a model that the hub can be asked for; FileNotFoundError if it is none of these.
+
+    `package` wins if it is installed: the folder in it that holds a config.json, else its GGUF file.
+    """
+    if package is not None and (found := _in_package(package)):
+        return found
+    local = Path(path).expanduser()
+    if local.exists():
+        if local.is_dir() and not (local / "config.json").exists():
+            raise FileNotFoundError(f"{path} holds no config.json, so it is not a model folder")
+        return local.resolve()
+    if path.startswith((".", "/", "~")) or path.endswith(".gguf") or path.count("/") != 1:
+        raise FileNotFoundError(
+            f"there is no model at {path}: give a hub id (owner/name), a folder or a .gguf file"
+        )
+    return _reachable(path)
+
+
+def _in_package(package: str) -> Path | None:
+    try:
+        files = metadata.files(package) or []
+    except metadata.PackageNotFoundError:
+        return None
+    for suffix, pick in (("config.json", lambda p: p.parent), (".gguf", lambda p: p)):
+        for file in files:
+            if file.name.endswith(suffix) and not file.parts[0].endswith(".dist-info"):
+                return Path(str(pick(Path(str(file.locate())))))
+    return None
+
+
+def _reachable(hub_id: str) -> str:
+    """`hub_id`, if its config is cached or the hub answers within seconds."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.utils import disable_progress_bars
+
+    disable_progress_bars()
+    try:
+        hf_hub_download(hub_id, "config.json", etag_timeout=5)
+    except Exception as error:
+        raise FileNotFoundError(
+            f"the model {hub_id} is neither a local folder nor reachable on the hub ({type(error).__name__}): "
+            "check the name and the network, or give a folder"
+        ) from None
+    return hub_id
+
+
+def identity(policy: "Policy") -> dict:
+    """What decides the weights `base` returns: config fields, and the state of local files."""
+    spec: dict[str, Any] = {"dtype": policy.dtype, "adapter": policy.adapter}
+    if policy.path is None:
+        return spec | {
+            "architecture": policy.architecture,
+            "vocabulary": policy.vocabulary,
+            "seed": policy.seed,
+        }
+    source = locate(policy.path, policy.package)
+    return spec | {"source": policy.path if isinstance(source, str) else file_states(source)}
+
+
+def file_states(path: Path) -> dict:
+    """Name and size of each file below `path`, and the hash of the small ones: tells weights apart without reading them."""
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    return {
+        "path": str(path),
+        "files": [
+            [
+                f.name,
+                f.stat().st_size,
+                f.stat().st_mtime_ns if f.stat().st_size > 2**20 else _hash(f),
+            ]
+            for f in files
+        ],
+    }
+
+
+def _hash(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def base(policy: "Policy", store: Store, texts: list[str]) -> Path | str:
+    """Folder or hub id of the starting weights; builds and GGUF conversions are artifacts."""
+    if policy.path is None:
+        spec = identity(policy) | {"texts": hashlib.sha256("\0".join(texts).encode()).hexdigest()}
+        return store.get("base", "scratch", spec, lambda folder: _build(policy, texts, folder))
+    source = locate(policy.path, policy.package)
+    if isinstance(source, Path) and source.suffix == ".gguf":
+        return store.get(
+            "base",
+            source.stem.lower(),
+            file_states(source),
+            lambda folder: _convert_gguf(source, folder),
+        )
+    return source
+
+
+def _build(policy: "Policy", texts: list[str], folder: Path) -> None:
+    """A model with random weights and a byte-level BPE tokenizer trained on `texts`."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=policy.vocabulary,
+        special_tokens=[END, PAD],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END, pad_token=PAD)
+    fields = dict(policy.architecture or {})
+    ids = {
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": None,
+    }
+    config = AutoConfig.for_model(
+        fields.pop("model_type"), vocab_size=len(tokenizer), **ids, **fields
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(policy.seed)
+        model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _convert_gguf(file: Path, folder: Path) -> None:
+    """Dequantise once (tens of seconds) into an ordinary folder that loads in one."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, dtype=torch.float32
+    )
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
+
+
+def load_tokenizer(source: Path | str):
+    """The tokenizer of a model, padding on the left with a token that is not the end of text."""
+    from transformers import AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(source, padding_side="left")
+    set_distinct_pad(tokenizer)
+    return tokenizer
+
+
+def set_distinct_pad(tokenizer) -> None:
+    """Pad with the unknown token where end-of-text is the pad (or there is none), else with a token of our own."""
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id != tokenizer.eos_token_id:
+        return
+    spare = tokenizer.unk_token
+    if spare is not None and spare not in (tokenizer.eos_token, tokenizer.bos_token):
+        tokenizer.pad_token = spare
+    else:
+        tokenizer.add_special_tokens({"pad_token": PAD})
+
+
+def load_causal_lm(source: Path | str, dtype: str, tokenizer) -> Any:
+    """Causal language model whose config agrees with `tokenizer` about padding; embeddings grow if a pad was added."""
+    from transformers import AutoModelForCausalLM
+
+    model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype))
+    fit_pad(model, tokenizer)
+    return model
+
+
+def fit_pad(model, tokenizer) -> None:
+    """Make room for the tokenizer's pad token in `model` and its config."""
+    if tokenizer.pad_token_id >= model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(tokenizer.pad_token_id + 1)
+    model.config.pad_token_id = tokenizer.pad_token_id
+
+
+def context_length(source: Path | str) -> int | None:
+    """Longest sequence the model's config allows; None if it names none."""
+    from transformers import AutoConfig
+
+    return getattr(AutoConfig.from_pretrained(source), "max_position_embeddings", None)
+
+
+def generation_config(policy: "Policy"):
+    from transformers import GenerationConfig
+
+    return GenerationConfig(
+        do_sample=True,
+        max_new_tokens=policy.max_new_tokens,
+        min_new_tokens=policy.min_new_tokens or None,
+        temperature=policy.temperature,
+        top_k=policy.top_k,
+        top_p=policy.top_p,
+        eos_token_id=policy.tokenizer.eos_token_id,
+        pad_token_id=policy.tokenizer.pad_token_id,
+    )
+
+
+# ---------------------------------------------------------------------------------------------- what is trained
+
+
+def add_lora(model, fields: dict[str, Any]):
+    """`model` with a fresh LoRA adapter, the identity at the start."""
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **fields))
+
+
+def merge_adapter(model, folder: str, base: str):
+    """`model` with the adapter at `folder` folded in; refused if the adapter was trained on other weights."""
+    from peft import PeftModel
+
+    path = Path(folder)
+    if not (path / "adapter_config.json").exists():
+        raise FileNotFoundError(f"policy.adapter={folder} holds no adapter_config.json")
+    made_by_us = path / "policy.json"
+    if made_by_us.exists():
+        expected = json.loads(made_by_us.read_text()).get("base_weights")
+        if expected is not None and expected != fingerprint(model):
+            raise ValueError(
+                f"policy.adapter={folder} was trained on other weights than {base}: give the base it names"
+            )
+    else:
+        recorded = json.loads((path / "adapter_config.json").read_text()).get(
+            "base_model_name_or_path"
+        )
+        if recorded not in (None, base) and Path(recorded).name != Path(base).name:
+            raise ValueError(
+                f"policy.adapter={folder} was trained on {recorded}, not on {base}: give that as policy.path"
+            )
+    return PeftModel.from_pretrained(model, folder).merge_and_unload()
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Identity of the weights below any adapter: names, shapes and first values of the parameters."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            continue
+        name = name.removeprefix("base_model.model.").replace(".base_layer", "")
+        values = parameter.detach().flatten()[:64].float().cpu().numpy().tobytes()
+        digest.update(f"{name}{tuple(parameter.shape)}".encode() + values)
+    return digest.hexdigest()
+
+
+def blocks(model: nn.Module) -> nn.ModuleList:
+    """The list of transformer blocks of any decoder, from the embeddings up."""
+    depth = model.config.num_hidden_layers  # type: ignore[union-attr]
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == depth:
+            return module
+    raise ValueError(
+        f"found no list of {depth} blocks in {type(model).__name__}: set policy.train_top=null"
+    )
+
+
+def freeze_bottom(model: nn.Module, top: int) -> None:
+    """Train the `top` last blocks and what follows them; freeze the rest, the embeddings included."""
+    layers = blocks(model)
+    if not 1 <= top < len(layers):
+        raise ValueError(
+            f"policy.train_top={top} must be between 1 and {len(layers) - 1}, or null to train all"
+        )
+    model.requires_grad_(False)
+    for block in layers[-top:]:
+        block.requires_grad_(True)
+    head = {id(p) for p in model.get_input_embeddings().parameters()}  # type: ignore[operator]
+    seen_block = False
+    for module in model.modules():
+        seen_block = seen_block or module is layers[-1]
+        if seen_block and not list(module.children()):
+            for parameter in module.parameters():
+                parameter.requires_grad_(id(parameter) not in head)

@@ -1,0 +1,120 @@
+"""One process of a run: `python -m rlhf_exp.worker <run directory>` does what the directory's run.json asks for.
+
+It knows nothing of Hydra. The exit code says how it ended: 0 done, 1 a mistake in the input, 128 + n stopped by signal n.
+"""
+
+import json
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+
+
+def work(directory: Path) -> None:
+    """Do the run in this process."""
+    _quiet_libraries()
+    _log_to(directory / "run.log")
+    from rlhf_exp.run import Stages
+
+    Stages(directory).run()
+
+
+def _quiet_libraries() -> None:
+    """Libraries report through our log or not at all."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+
+
+def _log_to(path: Path) -> None:
+    """Messages of this package to the screen, as they are, and to `path`, with the time."""
+    logger = logging.getLogger("rlhf_exp")
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+    screen, file = logging.StreamHandler(sys.stderr), logging.FileHandler(path)
+    screen.setFormatter(logging.Formatter("%(message)s"))
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger.addHandler(screen)
+    logger.addHandler(file)
+
+
+def resume(directory: Path) -> None:
+    """Continue the interrupted run in `directory`; ValueError if it is finished or not one of ours."""
+    if not (directory / "run.json").is_file():
+        raise FileNotFoundError(
+            f"resume={directory}: no run.json there, so it is not a run directory of rlhf_exp"
+        )
+    try:
+        about = json.loads((directory / "run.json").read_text())
+        config = about["config"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(
+            f"resume={directory}: its run.json is damaged, so nothing can be resumed"
+        ) from None
+    if (directory / "summary.json").exists():
+        raise ValueError(
+            f"resume={directory}: this run is finished; its results are in summary.json"
+        )
+    from rlhf_exp.run import config_fingerprint
+
+    if about.get("fingerprint") != config_fingerprint(config):
+        raise ValueError(
+            f"resume={directory}: run.json was edited or comes from elsewhere (its fingerprint does not fit)"
+        )
+    work(directory)
+
+
+def guarded(call) -> int:
+    """Run `call`; what a person can mend becomes one sentence on stderr. Returns the exit code.
+
+    RLHF_EXP_TRACEBACK=1 shows the whole traceback instead.
+    """
+    from rlhf_exp.hardware import WorkerFailed
+
+    try:
+        call()
+    except WorkerFailed as error:
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted; finished artifacts are kept", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, ImportError) as error:
+        if os.environ.get("RLHF_EXP_TRACEBACK") == "1":
+            raise
+        print(f"error: {sentence(error)}", file=sys.stderr)
+        return 1
+    except Exception as error:
+        if hasattr(error, "exit_code"):  # trial.Stopped
+            print(error, file=sys.stderr)
+            return error.exit_code  # type: ignore[attr-defined]
+        raise
+    return 0
+
+
+def sentence(error: Exception) -> str:
+    """One line for one error; operating-system errors with what they mean for a run."""
+    if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
+        hints = {
+            13: "no permission to write there",
+            28: "the disk is full",
+            30: "the file system is read-only",
+        }
+        hint = hints.get(error.errno, error.strerror)
+        return f"{error.filename}: {hint}; choose another place with artifacts= or hydra.run.dir="
+    if isinstance(error, OSError) and error.errno == 28:
+        return "the disk is full; free some space or choose another place with artifacts= or hydra.run.dir="
+    return " ".join(str(error).split())
+
+
+def main() -> None:
+    signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    sys.exit(guarded(lambda: work(Path(sys.argv[1]))))
+
+
+if __name__ == "__main__":
+    main()
