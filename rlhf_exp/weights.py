@@ -45,11 +45,9 @@ def _in_package(package: str) -> Path | None:
         files = metadata.files(package) or []
     except metadata.PackageNotFoundError:
         return None
-    for suffix, pick in (("config.json", lambda p: p.parent), (".gguf", lambda p: p)):
-        for file in files:
-            if file.name.endswith(suffix) and not file.parts[0].endswith(".dist-info"):
-                return Path(str(pick(Path(str(file.locate())))))
-    return None
+    inside = [Path(str(f.locate())) for f in sorted(files, key=lambda f: len(f.parts))]
+    folders = [f.parent for f in inside if f.name == "config.json"]
+    return next(iter([*folders, *(f for f in inside if f.suffix == ".gguf")]), None)
 
 
 def _reachable(hub_id: str) -> str:

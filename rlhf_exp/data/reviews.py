@@ -1,6 +1,6 @@
 """The embedded world: a seeded generator of short film reviews, and the gold that scores them.
 
-A review is two to four clauses of a small grammar. Its words carry a latent sentiment: an adjective's weight, scaled
+A review is one to three clauses of a small grammar. Its words carry a latent sentiment: an adjective's weight, scaled
 by an intensity word and turned by a negation. Because the world wrote the reviews it can also read them, so its gold
 is exact: the mean sentiment of the clauses, minus penalties for clauses the grammar cannot parse, for repeated clauses
 and for a review that breaks off. Proxies fitted on well-formed reviews never see those penalties, so they can be
@@ -44,6 +44,7 @@ VERBS = {
     "hated": -1.0,
 }
 BASE_VERBS = {"love": 1.0, "enjoy": 0.7, "like": 0.4, "dislike": -0.4, "regret": -0.7, "hate": -1.0}
+MOOD = 16.0  # odds between a word of weight 1 and a neutral one, for a reviewer in the best mood
 NEGATION = -0.5  # "not wonderful" is mildly bad, "not awful" mildly good
 
 UNPARSED = 1.0  # penalty for a review of which no clause parses; in proportion otherwise
@@ -123,7 +124,7 @@ def write(rng: random.Random) -> str:
     """One review: the reviewer's latent mood decides which words come up."""
     mood = rng.uniform(-1, 1)
     clauses: list[str] = []
-    for aspect in rng.sample(ASPECTS, rng.randint(2, 4)):
+    for aspect in rng.sample(ASPECTS, rng.randint(1, 3)):
         clauses.append(_clause(rng, aspect, mood))
     return "".join(f" {c} ." for c in clauses)
 
@@ -148,7 +149,7 @@ def _clause(rng: random.Random, aspect: str, mood: float) -> str:
 
 
 def _in_mood(rng: random.Random, weights: dict[str, float], mood: float) -> str:
-    return rng.choices(list(weights), [2.0 ** (2 * mood * w) for w in weights.values()])[0]
+    return rng.choices(list(weights), [MOOD ** (mood * w) for w in weights.values()])[0]
 
 
 @dataclass(kw_only=True)

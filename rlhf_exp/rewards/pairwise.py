@@ -43,6 +43,7 @@ class Pairwise:
     lr: float = 3e-4
     batch: int = 32  # pairs per optimizer step
     micro_batch: int = 32  # pairs per forward pass; fewer than `batch` accumulates gradients
+    warmup: float = 0.1  # share of the steps with a rising learning rate, which then falls to 0
     score_l2: float = 0.001  # pulls scores towards 0 (table 2 of Coste et al. 2023)
     max_length: int = (
         256  # tokens; longer training pairs are dropped and counted, longer texts cut on the left
@@ -50,6 +51,7 @@ class Pairwise:
     normalise: str = (
         "eval_set"  # none, eval_set (both replies of the evaluation pairs) or policy_samples
     )
+    separator: str = ""  # between prompt and completion, for policies whose completions start without a space
     chat: bool = False  # format prompt and completion with the model's chat template
     dtype: str = "float32"
     lora: dict[str, Any] | None = None  # fields of peft.LoraConfig; null trains all weights
@@ -222,7 +224,7 @@ class Pairwise:
 
     def _texts(self, prompts: list[str], completions: list[str]) -> list[str]:
         if not self.chat:
-            return [p + c for p, c in zip(prompts, completions, strict=True)]
+            return [p + self.separator + c for p, c in zip(prompts, completions, strict=True)]
         turns = [
             [{"role": "user", "content": p}, {"role": "assistant", "content": c}]
             for p, c in zip(prompts, completions, strict=True)

@@ -21,6 +21,8 @@ def training_config(reward: "Pairwise", folder: Path) -> RewardConfig:
         output_dir=str(folder / "trainer"),
         num_train_epochs=reward.epochs,
         learning_rate=reward.lr,
+        warmup_steps=reward.warmup,
+        adam_beta2=0.95,
         per_device_train_batch_size=reward.micro_batch,
         gradient_accumulation_steps=reward.batch // reward.micro_batch,
         max_length=reward.max_length,

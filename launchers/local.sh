@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# What one types on a laptop or a workstation. Each line stands alone: copy the one you need.
+set -euo pipefail
+export OMP_WAIT_POLICY=PASSIVE  # waiting threads sleep; on shared cores worth a factor of five to ten
+
+# The main job: supervised policy, noisy preferences, five reward models, PPO, evaluation. Offline.
+python -m rlhf_exp algo=ppo reward=ensemble
+
+# One reward model and no KL penalty: the proxy climbs while gold falls.
+python -m rlhf_exp reward=pairwise algo.kl_coef=0
+
+# Five seeds of both; the jobs run one after the other, each in its own process, and share what is trained once.
+python -m rlhf_exp -m reward=pairwise,ensemble seed='range(5)'
+
+# Your own prompts on a real model; gold is a sentiment lexicon.
+#   python -m rlhf_exp policy=smollm2_135m data=local data.prompts=prompts.jsonl
+
+# Continue what was interrupted.
+#   python -m rlhf_exp resume=multirun/<date>/<time>/0
