@@ -27,6 +27,7 @@ def fingerprint(spec: Any) -> str:
 
 
 def file_hash(path: Path) -> str:
+    """SHA-256 of the file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

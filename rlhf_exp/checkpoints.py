@@ -11,6 +11,8 @@ import numpy as np
 import torch
 
 from rlhf_exp.artifacts import verify, write_directory, write_json
+from rlhf_exp.choices import require
+from rlhf_exp.evaluation.scoring import METRICS
 
 
 @dataclass(kw_only=True)
@@ -28,6 +30,7 @@ class Checkpoints:
             raise ValueError(
                 f"checkpoints.every={self.every} and checkpoints.keep={self.keep} must be at least 1"
             )
+        require(self.best, METRICS, "checkpoints.best")
 
     def open(self, directory: Path) -> None:
         """Use `directory`/checkpoints."""
@@ -84,6 +87,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
+    """Put every generator back to where `random_state` found it."""
     torch.set_rng_state(state["torch"])
     if state["cuda"]:
         torch.cuda.set_rng_state_all(state["cuda"])

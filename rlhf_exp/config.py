@@ -26,27 +26,32 @@ def conf_directory() -> Path:
     )
 
 
-def check(config: Any, key: str = "") -> None:
-    """Compare every node that names a `_target_` with its dataclass; ValueError for a wrong key or type.
+def check(config: DictConfig) -> None:
+    """Compare the root and every node that names a `_target_` with their schemas.
 
-    Keys are checked at the root as well. Nothing is instantiated.
+    Nothing is instantiated. ValueError for a value that is missing, an unknown key or a wrong type.
     """
-    if isinstance(config, ListConfig):
-        for i, value in enumerate(config):
-            check(value, f"{key}[{i}]")
-    if not isinstance(config, DictConfig):
+    for name in config:
+        if str(name) not in ROOT_KEYS:
+            raise ValueError(f"{name} is not a setting{nearest(str(name), ROOT_KEYS)}")
+    settled = config.copy()
+    OmegaConf.resolve(settled)
+    _check(settled, "")
+
+
+def _check(value: Any, key: str) -> None:
+    if isinstance(value, ListConfig):
+        for i in range(len(value)):
+            _check(value[i], f"{key}[{i}]")
+    if not isinstance(value, DictConfig):
         return
-    if not key:
-        for name in config:
-            if str(name) not in ROOT_KEYS:
-                raise ValueError(f"{name} is not a setting{nearest(str(name), ROOT_KEYS)}")
-    for name, value in config.items_ex(resolve=False):
-        check(
-            value if not OmegaConf.is_interpolation(config, name) else config[name],
-            f"{key}.{name}" if key else str(name),
-        )
-    if "_target_" in config:
-        _check_node(config, key)
+    for name in map(str, value):
+        inner = f"{key}.{name}" if key else name
+        if OmegaConf.is_missing(value, name):
+            raise ValueError(f"{inner} has no default and must be given: add {inner}=<value>")
+        _check(value[name], inner)
+    if "_target_" in value:
+        _check_node(value, key)
 
 
 def _check_node(node: DictConfig, key: str) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 from rlhf_exp.choices import require
 
 
-
 class WorkerFailed(Exception):
     """A worker process ended badly; it has already said why."""
 
@@ -46,7 +45,9 @@ class Hardware:
         if self.threads:
             torch.set_num_threads(self.threads)
         accelerator = Accelerator(cpu=self.device == "cpu", mixed_precision=self.mixed_precision)
-        assert accelerator.device.type == self.device, f"asked for {self.device}, got {accelerator.device}"
+        assert accelerator.device.type == self.device, (
+            f"asked for {self.device}, got {accelerator.device}"
+        )
         return accelerator
 
     def launch(self, directory: Path, *, isolated: bool) -> None:

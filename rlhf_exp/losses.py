@@ -16,7 +16,6 @@ from torch.nn import functional as F
 
 from rlhf_exp.choices import pick
 
-
 # ---------------------------------------------------------------------------------------------------- tokens
 
 

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf_exp.choices import require
-from rlhf_exp import losses, tokens, weights
+from rlhf_exp import tokens, weights
 from rlhf_exp.artifacts import Store, write_json
+from rlhf_exp.choices import require
 
 # Sampling transforms drop tokens from the distribution that log-probabilities are computed under: the KL estimate
 # then has the wrong sign for the dropped mass and can be negative. See Policy.require_plain_sampling.

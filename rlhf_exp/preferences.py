@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from rlhf_exp.choices import require
 from rlhf_exp.artifacts import write_json
+from rlhf_exp.choices import require
 from rlhf_exp.data.local import write_jsonl
 from rlhf_exp.data.rows import Dataset, Pair
 from rlhf_exp.policy import Policy

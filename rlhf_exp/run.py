@@ -18,12 +18,13 @@ import torch
 
 from rlhf_exp import __version__
 from rlhf_exp.artifacts import Store, fingerprint, write_directory, write_json
+from rlhf_exp.choices import require
 from rlhf_exp.config import build
 from rlhf_exp.data.rows import Dataset
 from rlhf_exp.evaluation.scoring import Evaluator, summary
 from rlhf_exp.policy import Policy
 from rlhf_exp.reference import Reference
-from rlhf_exp.report.text import as_table, model_card
+from rlhf_exp.report.text import ROWS, as_table, model_card
 from rlhf_exp.rewards import Fitting
 from rlhf_exp.tracking import Log
 from rlhf_exp.trial import Trial, seed_everything
@@ -83,8 +84,7 @@ class Stages:
         self.about: dict[str, Any] = json.loads((directory / "run.json").read_text())
         self.config = config = self.about["config"]
         for name in config["stages"]:
-            if name not in STAGES:
-                raise ValueError(f"stages names {name}; the stages are {', '.join(STAGES)}")
+            require(name, STAGES, "stages")
         built = {
             k: build(v, k) for k, v in config.items() if isinstance(v, dict) and "_target_" in v
         }
@@ -96,11 +96,14 @@ class Stages:
         self.settings, self.evaluation, self.checkpoints = (
             built[k] for k in ("preferences", "evaluation", "checkpoints")
         )
+        require(config["objective"], ROWS, "objective")
         if "align" in config["stages"]:
             self.algo.check(self.policy)
         self.store = Store(Path(config["artifacts"]).expanduser().absolute())
         self.data_spec = {"config": config["data"], "files": self.source.identity()}
         self.policy.identity()  # a path that leads nowhere ends the run here
+        self.reward.check()
+        self.gold.check()
         self.accelerator = built["hardware"].accelerator()
         self.device = self.accelerator.device
 
@@ -212,6 +215,7 @@ class Stages:
             pairs=lambda: self.pairs,
             policy=lambda: self.start,
             samples=self._start_samples,
+            device=self.device,
         )
         self.reward.fit(fitting)
         self.gold.fit(fitting)

@@ -5,6 +5,7 @@ Local files always: metrics.jsonl (one object per step, flat keys), samples.json
 
 import json
 import logging
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -100,7 +101,7 @@ class Wandb(NoTracker):
                 dir=str(directory),
                 config=config,
             )
-        except wandb.errors.Error as error:
+        except wandb.Error as error:
             raise ValueError(
                 f"wandb refused to start ({error}): log in, or set tracker.mode=offline"
             ) from None
@@ -137,13 +138,21 @@ class Log:
         """Start at `step`; what an interrupted attempt wrote beyond it is dropped, because it will be done again."""
         for name in ("metrics.jsonl", "samples.jsonl"):
             _truncate(self.directory / name, step)
-        self.bar = tqdm(total=steps, initial=step, desc="align", unit="step", dynamic_ncols=True)
+        self.bar = tqdm(
+            total=steps,
+            initial=step,
+            desc="align",
+            unit="step",
+            dynamic_ncols=True,
+            mininterval=0.2 if sys.stderr.isatty() else 30,
+        )
 
     def step(
         self, step: int, rollouts: Rollouts, metrics: dict[str, float], seconds: dict[str, float]
     ) -> None:
         """Record step `step` (from 0) of the loop."""
-        assert rollouts.scores is not None and self.bar is not None
+        assert rollouts.scores is not None
+        assert self.bar is not None
         members = rollouts.members or {}
         row = {
             "step": step,

@@ -204,7 +204,8 @@ def context_length(source: Path | str) -> int | None:
     return getattr(AutoConfig.from_pretrained(source), "max_position_embeddings", None)
 
 
-def generation_config(policy: "Policy"):
+def generation_config(policy: "Policy") -> Any:
+    """Complete settings for generate(), so that none is inherited from the checkpoint."""
     from transformers import GenerationConfig
 
     return GenerationConfig(

@@ -9,10 +9,12 @@ import os
 import signal
 import sys
 from pathlib import Path
+from types import FrameType
 
 
 def work(directory: Path) -> None:
     """Do the run in this process."""
+    signal.signal(signal.SIGTERM, interrupt)
     _quiet_libraries()
     _log_to(directory / "run.log")
     from rlhf_exp.run import Stages
@@ -111,8 +113,13 @@ def sentence(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
+def interrupt(_number: int, _frame: FrameType | None) -> None:
+    """Let SIGTERM end a stage as Ctrl-C does: half-made artifacts are removed."""
+    raise KeyboardInterrupt
+
+
 def main() -> None:
-    signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    """The process that `Hardware.launch` starts."""
     sys.exit(guarded(lambda: work(Path(sys.argv[1]))))
 
 

@@ -16,10 +16,11 @@ from rlhf_exp.trial import Trial
 
 def prompts_at(prompts: list[str], step: int, batch: int, seed: int) -> list[str]:
     """The `batch` prompts of `step`: every epoch is a seeded permutation, so a position is all a resume needs."""
-    picked = []
+    picked: list[str] = []
+    order: list[int] = []
     for position in range(step * batch, (step + 1) * batch):
         epoch, place = divmod(position, len(prompts))
-        if not picked or place == 0:
+        if not order or place == 0:
             order = list(range(len(prompts)))
             random.Random(f"{seed}/{epoch}").shuffle(order)
         picked.append(prompts[order[place]])

@@ -8,16 +8,16 @@ Left out: a separate value trunk, dense rewards from the reward model, encoder-d
 """
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rlhf_exp.choices import require
 from rlhf_exp import losses
 from rlhf_exp.algorithms.online import Online
 from rlhf_exp.algorithms.scaling import ScoreScaling, apply_missing_eos
+from rlhf_exp.choices import require
 from rlhf_exp.policy import (
     MAX_ROLLOUT_TOKENS,
     Batch,
@@ -26,7 +26,6 @@ from rlhf_exp.policy import (
     micro_batches,
     response_logits,
 )
-from rlhf_exp.reference import Reference
 from rlhf_exp.trial import Trial
 
 logger = logging.getLogger(__name__)
@@ -81,7 +80,7 @@ class PPO(Online):
     )
     lr: float = 1e-4
     value_lr: float | None = None  # learning rate of the value head; null: lr
-    betas: list[float] | None = None  # AdamW; null: [0.9, 0.95]
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])  # AdamW
     eps: float = 1e-8
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
@@ -133,6 +132,10 @@ class PPO(Online):
         require(self.whiten, ("batch", "minibatch", "none"), "algo.whiten")
         apply_missing_eos(zero, zero.bool(), self.missing_eos, self.missing_eos_value)
         ScoreScaling(self.score_scaling)
+        if self.epochs < 1 or len(self.betas) != 2:
+            raise ValueError(
+                f"algo.epochs={self.epochs} must be at least 1 and algo.betas={self.betas} two numbers"
+            )
         if self.minibatch < 1 or (self.batch * self.samples) % self.minibatch:
             raise ValueError(
                 f"algo.minibatch={self.minibatch} must divide the {self.batch * self.samples} rollouts of a step "
@@ -157,7 +160,7 @@ class PPO(Online):
         body = [p for p in policy.model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
             [{"params": body, "lr": self.lr}, {"params": head, "lr": self.value_lr or self.lr}],
-            betas=tuple(self.betas or (0.9, 0.95)),
+            betas=(self.betas[0], self.betas[1]),
             eps=self.eps,
             weight_decay=self.weight_decay,
         )
@@ -256,8 +259,9 @@ class PPO(Online):
         for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
             group["lr"] = base * scale
         totals: dict[str, float] = {}
+        stats: dict[str, float] = {}
         updates = applied = 0
-        for epoch in range(self.epochs):
+        for _ in range(self.epochs):
             for rows in torch.randperm(len(rollouts)).split(self.minibatch):
                 stats = self.update(rollouts, experience, rows)
                 if updates == 0:
@@ -273,7 +277,7 @@ class PPO(Online):
             )
         means = {k: v / updates for k, v in totals.items() if k != "ppo/ratio_error"}
         return means | {
-            "ppo/epochs": epoch + 1.0,
+            "ppo/updates": float(updates),
             "ppo/skipped_updates": float(self.skipped),
             "ppo/lr": self.lr * scale,
         }

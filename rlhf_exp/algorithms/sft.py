@@ -32,10 +32,10 @@ class SFT:
 
     def make(self, folder: Path, data: Dataset, policy: Policy) -> None:
         """Train `policy`, loaded and trainable, and save weights and tokenizer to `folder`."""
-        import torch
         from datasets import Dataset as Rows
         from transformers import PrinterCallback, set_seed
-        from trl import SFTConfig, SFTTrainer
+        from trl.trainer.sft_config import SFTConfig
+        from trl.trainer.sft_trainer import SFTTrainer
 
         if not data.demonstrations:
             raise ValueError(
@@ -55,7 +55,7 @@ class SFT:
             seed=self.seed,
             data_seed=self.seed,
             completion_only_loss=True,
-            use_cpu=not torch.cuda.is_available(),
+            use_cpu=policy.device.type == "cpu",
             bf16=False,
             activation_checkpointing=False,
             save_strategy="no",

@@ -17,15 +17,59 @@ from itertools import product
 
 from rlhf_exp.data.rows import Dataset, Demonstration
 
-GENRES = "drama comedy thriller western musical romance mystery documentary fantasy satire".split()
-TONES = "slow quiet loud modern classic short long dark strange gentle".split()
-HEROES = (
-    "sailor teacher doctor painter baker pilot farmer singer detective dancer lawyer nurse chef boxer "
-    "widow king thief poet miner soldier clerk gardener hunter captain"
-).split()
-ASPECTS = (
-    "plot acting script music pacing ending dialogue camera cast direction humour editing".split()
-)
+GENRES = [
+    "drama",
+    "comedy",
+    "thriller",
+    "western",
+    "musical",
+    "romance",
+    "mystery",
+    "documentary",
+    "fantasy",
+    "satire",
+]
+TONES = ["slow", "quiet", "loud", "modern", "classic", "short", "long", "dark", "strange", "gentle"]
+HEROES = [
+    "sailor",
+    "teacher",
+    "doctor",
+    "painter",
+    "baker",
+    "pilot",
+    "farmer",
+    "singer",
+    "detective",
+    "dancer",
+    "lawyer",
+    "nurse",
+    "chef",
+    "boxer",
+    "widow",
+    "king",
+    "thief",
+    "poet",
+    "miner",
+    "soldier",
+    "clerk",
+    "gardener",
+    "hunter",
+    "captain",
+]
+ASPECTS = [
+    "plot",
+    "acting",
+    "script",
+    "music",
+    "pacing",
+    "ending",
+    "dialogue",
+    "camera",
+    "cast",
+    "direction",
+    "humour",
+    "editing",
+]
 
 # Weights in [-1, 1]; the text is scored by these and by nothing else.
 ADJECTIVES = {

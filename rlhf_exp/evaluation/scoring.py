@@ -18,6 +18,18 @@ from rlhf_exp.policy import MAX_ROLLOUT_TOKENS, Policy, Rollouts, micro_batches,
 from rlhf_exp.reference import Reference
 from rlhf_exp.rewards import score
 
+# What every evaluation has; the members of the reward come on top.
+COLUMNS = {
+    "proxy": "reward/proxy",
+    "gold": "reward/gold",
+    "k1": "kl/k1",
+    "k3": "kl/k3",
+    "length": "length/mean",
+    "ended": "length/ended",
+}
+DISTINCT = {f"text/distinct_{n}": n for n in (1, 2, 3)}
+METRICS = (*COLUMNS.values(), "reward/variance", *DISTINCT)
+
 
 @dataclass(kw_only=True)
 class Evaluation:
@@ -111,15 +123,12 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, float]:
 
     members = [k for k in rows[0] if k.startswith("proxy/")]
     spread = [float(np.var([row[m] for m in members])) for row in rows] if members else [0.0]
-    names = {"proxy": "reward/proxy", "gold": "reward/gold", "k1": "kl/k1", "k3": "kl/k3"}
-    names |= {"length": "length/mean", "ended": "length/ended"} | {
-        m: f"reward/{m}" for m in members
-    }
+    names = COLUMNS | {m: f"reward/{m}" for m in members}
     texts = [row["completion"] for row in rows]
     return (
         {name: mean(key) for key, name in names.items()}
         | {"reward/variance": sum(spread) / len(spread)}
-        | {f"text/distinct_{n}": distinct(texts, n) for n in (1, 2, 3)}
+        | {name: distinct(texts, n) for name, n in DISTINCT.items()}
     )
 
 

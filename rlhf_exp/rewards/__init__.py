@@ -22,17 +22,25 @@ class Fitting:
     pairs: Callable[[], Path]  # artifact with train.jsonl and evaluation.jsonl
     policy: Callable[[], Path | str]  # the start policy, for rewards that begin from its weights
     samples: Callable[[], list[tuple[str, str]]]  # prompts with completions of the start policy
+    device: str | torch.device
 
 
 class Reward(Protocol):
-    """Higher is better. `fit` makes or finds what the reward needs, `load` brings it to a device.
+    """Higher is better. A reward that fits or loads nothing writes `__call__` alone."""
 
-    A reward that fits itself on preference pairs also has a true `learns_from_pairs`.
-    """
+    @property
+    def learns_from_pairs(self) -> bool:
+        """Whether `fit` asks for preference pairs."""
+        return False
 
-    def fit(self, fitting: Fitting) -> None: ...
+    def check(self) -> None:
+        """Refuse what can be known to fail before anything trains."""
 
-    def load(self, device: str | torch.device) -> None: ...
+    def fit(self, fitting: Fitting) -> None:
+        """Make or find what the reward needs."""
+
+    def load(self, device: str | torch.device) -> None:
+        """Bring it to a device."""
 
     def __call__(self, prompts: list[str], completions: list[str]) -> Tensor:
         """float32 [n]"""

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from rlhf_exp import losses
-from rlhf_exp.rewards import Fitting, score
+from rlhf_exp.rewards import Fitting, Reward, score
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
-class Ensemble:
+class Ensemble(Reward):
     """`size` copies of `member` with seeds `member.seed`, `member.seed + 1`, ..."""
 
     member: Any  # any reward with a `seed`
@@ -46,7 +46,10 @@ class Ensemble:
 
     @property
     def learns_from_pairs(self) -> bool:
-        return getattr(self.member, "learns_from_pairs", False)
+        return self.member.learns_from_pairs
+
+    def check(self) -> None:
+        self.member.check()
 
     def fit(self, fitting: Fitting) -> None:
         for number, member in enumerate(self.members, 1):

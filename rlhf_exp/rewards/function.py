@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rlhf_exp.rewards import Fitting
+from rlhf_exp.rewards import Reward
 
 
 @dataclass(kw_only=True)
-class Function:
+class Function(Reward):
     """`module:function`, called as f(prompts=[...], completions=[...]) -> one number per completion."""
 
     function: str  # e.g. my_rewards:politeness; modules in the working directory are found
@@ -23,8 +23,7 @@ class Function:
         if not module or not name:
             raise ValueError(f"reward.function={self.function} must have the form module:function")
 
-    def fit(self, fitting: Fitting) -> None:
-        """Nothing to fit; a function that cannot be found fails here, before anything trains."""
+    def check(self) -> None:
         self.load("cpu")
 
     def load(self, device: str | torch.device) -> None:

@@ -8,15 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlhf_exp.rewards import Fitting
+from rlhf_exp.rewards import Reward
 
 
 @dataclass(kw_only=True)
-class Lexicon:
+class Lexicon(Reward):
     """Sentiment of the completion in [-1, 1]; the prompt is not read."""
-
-    def fit(self, fitting: Fitting) -> None:
-        """Nothing to fit."""
 
     def load(self, device: str | torch.device) -> None:
         from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer

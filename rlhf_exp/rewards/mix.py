@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_exp.rewards import Fitting, score
+from rlhf_exp.rewards import Fitting, Reward, score
 
 
 @dataclass(kw_only=True)
@@ -18,7 +18,7 @@ class Part:
 
 
 @dataclass(kw_only=True)
-class Mix:
+class Mix(Reward):
     """sum of weight * reward over the parts; each part is shown in the metrics under its name."""
 
     parts: dict[str, Any]
@@ -31,7 +31,11 @@ class Mix:
 
     @property
     def learns_from_pairs(self) -> bool:
-        return any(getattr(part.reward, "learns_from_pairs", False) for part in self.parts.values())
+        return any(part.reward.learns_from_pairs for part in self.parts.values())
+
+    def check(self) -> None:
+        for part in self.parts.values():
+            part.reward.check()
 
     def fit(self, fitting: Fitting) -> None:
         for part in self.parts.values():

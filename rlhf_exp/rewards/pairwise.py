@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_exp.choices import require
-from rlhf_exp import __version__, losses, tokens, weights
+from rlhf_exp import __version__, tokens, weights
 from rlhf_exp.artifacts import verify, write_json
+from rlhf_exp.choices import require
 from rlhf_exp.data.local import read_jsonl
-from rlhf_exp.rewards import Fitting
+from rlhf_exp.rewards import Fitting, Reward
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ STATISTICS = "reward_stats.json"
 
 
 @dataclass(kw_only=True)
-class Pairwise:
+class Pairwise(Reward):
     """Score of `prompt + completion` under a sequence classifier with one label."""
 
     path: str | None = (
@@ -51,7 +51,9 @@ class Pairwise:
     normalise: str = (
         "eval_set"  # none, eval_set (both replies of the evaluation pairs) or policy_samples
     )
-    separator: str = ""  # between prompt and completion, for policies whose completions start without a space
+    separator: str = (
+        ""  # between prompt and completion, for policies whose completions start without a space
+    )
     chat: bool = False  # format prompt and completion with the model's chat template
     dtype: str = "float32"
     lora: dict[str, Any] | None = None  # fields of peft.LoraConfig; null trains all weights
@@ -71,6 +73,10 @@ class Pairwise:
     @property
     def learns_from_pairs(self) -> bool:
         return self.train or self.normalise == "eval_set"
+
+    def check(self) -> None:
+        if self.path is not None:
+            weights.locate(self.path, self.package)
 
     # ---------------------------------------------------------------------------------------------------- fitting
 
@@ -96,11 +102,11 @@ class Pairwise:
 
     def _make(self, folder: Path, backbone: Path | str, fitting: Fitting) -> None:
         if self.train:
-            self._train(backbone, read_jsonl(fitting.pairs() / "train.jsonl"), folder)
+            self._train(backbone, read_jsonl(fitting.pairs() / "train.jsonl"), folder, fitting)
         else:
             write_json(folder / "backbone.json", {"path": str(backbone)})
         self.folder = folder
-        self._open("cpu", standardise=False)
+        self._open(fitting.device, standardise=False)
         calibration = self._accuracy_report(folder, fitting) if self.learns_from_pairs else None
         if self.normalise == "policy_samples":
             prompts, completions = map(list, zip(*fitting.samples(), strict=True))
@@ -138,7 +144,9 @@ class Pairwise:
         )
         return torch.cat([better, worse])
 
-    def _train(self, backbone: Path | str, pairs: list[dict], folder: Path) -> None:
+    def _train(
+        self, backbone: Path | str, pairs: list[dict], folder: Path, fitting: Fitting
+    ) -> None:
         from datasets import Dataset
         from transformers import PrinterCallback, set_seed
 
@@ -153,7 +161,7 @@ class Pairwise:
         )
         trainer = RewardTraining(
             model=model,
-            args=training_config(self, folder),
+            args=training_config(self, folder, fitting.device),
             train_dataset=rows,
             processing_class=tokenizer,
             score_l2=self.score_l2,
@@ -185,7 +193,8 @@ class Pairwise:
         return tokenizer
 
     def _classifier(self, source: Path | str, tokenizer) -> Any:
-        from transformers import AutoModelForSequenceClassification, logging as hf_logging
+        from transformers import AutoModelForSequenceClassification
+        from transformers import logging as hf_logging
 
         hf_logging.set_verbosity_error()  # the fresh head is meant
         labels = {"num_labels": 1} if self.train else {}

@@ -6,18 +6,12 @@ import torch
 from torch import Tensor
 
 from rlhf_exp.data.reviews import read
-from rlhf_exp.rewards import Fitting
+from rlhf_exp.rewards import Reward
 
 
 @dataclass(kw_only=True)
-class ReviewsGold:
+class ReviewsGold(Reward):
     """Sentiment of the clauses the grammar can parse, minus penalties; about -2 to 1.75."""
-
-    def fit(self, fitting: Fitting) -> None:
-        """Nothing to fit: the world knows."""
-
-    def load(self, device: str | torch.device) -> None:
-        """Nothing to load."""
 
     def __call__(self, prompts: list[str], completions: list[str]) -> Tensor:
         return torch.tensor([read(c).gold for c in completions], dtype=torch.float32)

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from trl import RewardConfig, RewardTrainer
+from trl.trainer.reward_config import RewardConfig
+from trl.trainer.reward_trainer import RewardTrainer
 
 from rlhf_exp import losses
 
@@ -14,9 +15,8 @@ if TYPE_CHECKING:
     from rlhf_exp.rewards.pairwise import Pairwise
 
 
-def training_config(reward: "Pairwise", folder: Path) -> RewardConfig:
+def training_config(reward: "Pairwise", folder: Path, device: Any) -> RewardConfig:
     """The settings of `reward` in TRL's words; nothing is saved or reported by the trainer itself."""
-    on_cpu = not torch.cuda.is_available()
     return RewardConfig(
         output_dir=str(folder / "trainer"),
         num_train_epochs=reward.epochs,
@@ -28,7 +28,7 @@ def training_config(reward: "Pairwise", folder: Path) -> RewardConfig:
         max_length=reward.max_length,
         seed=reward.seed,
         data_seed=reward.seed,
-        use_cpu=on_cpu,
+        use_cpu=torch.device(device).type == "cpu",
         bf16=False,
         activation_checkpointing=False,
         disable_dropout=True,
