@@ -1,6 +1,7 @@
 """`python -m rlhf_exp`: compose the config, check it, hand it to the hardware.
 
-Nothing heavy is imported before the config is known to be sound, so --help and --cfg job answer at once.
+Nothing heavy is imported before the config is known to be sound, so --help and --cfg job answer at
+once.
 """
 
 import json

@@ -1,7 +1,8 @@
 """The store: what a stage makes is a directory named by its fingerprint, complete or absent.
 
-A directory is written under a temporary name, every file fsynced and hashed, and renamed. Whoever finds it finished
-reuses it after checking the hashes; whoever comes while it is being made waits on a file lock.
+A directory is written under a temporary name, every file fsynced and hashed, and renamed. Whoever
+finds it finished reuses it after checking the hashes; whoever comes while it is being made waits on
+a file lock.
 """
 
 import hashlib
@@ -42,7 +43,9 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_directory(path: Path, make: Callable[[Path], None], about: dict) -> None:
-    """Let `make` fill a directory that appears at `path` whole or not at all, with a manifest of its hashes."""
+    """Let `make` fill a directory that appears at `path` whole or not at all, with a manifest of
+    its hashes.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     for stale in path.parent.glob(f".{path.name}.tmp-*"):
         shutil.rmtree(stale)  # left by a process that was killed
@@ -64,7 +67,9 @@ def write_directory(path: Path, make: Callable[[Path], None], about: dict) -> No
 
 
 def verify(path: Path) -> dict:
-    """The manifest of a directory made by `write_directory`; ValueError if a file is missing or altered."""
+    """The manifest of a directory made by `write_directory`; ValueError if a file is missing or
+    altered.
+    """
     try:
         manifest = json.loads((path / MANIFEST).read_text())
     except (OSError, ValueError):
@@ -90,7 +95,9 @@ def _sync(path: Path) -> None:
 
 @dataclass
 class Store:
-    """`<root>/<kind>/<name>-<fingerprint>/`; remembers in `used` where each artifact of this run came from."""
+    """`<root>/<kind>/<name>-<fingerprint>/`; remembers in `used` where each artifact of this run
+    came from.
+    """
 
     root: Path
 

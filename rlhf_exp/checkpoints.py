@@ -1,4 +1,6 @@
-"""Resumable state of a run: atomic, checksummed directories, the last few and the best of them kept."""
+"""Resumable state of a run: atomic, checksummed directories, the last few and the best of them
+kept.
+"""
 
 import json
 import random
@@ -28,7 +30,8 @@ class Checkpoints:
     def __post_init__(self) -> None:
         if self.every < 1 or self.keep < 1:
             raise ValueError(
-                f"checkpoints.every={self.every} and checkpoints.keep={self.keep} must be at least 1"
+                f"checkpoints.every={self.every} and checkpoints.keep={self.keep} must be at "
+                "least 1"
             )
         require(self.best, METRICS, "checkpoints.best")
 

@@ -1,4 +1,6 @@
-"""From a config node to the object it describes, with the dataclass its `_target_` names as the schema."""
+"""From a config node to the object it describes, with the dataclass its `_target_` names as the
+schema.
+"""
 
 import re
 from dataclasses import fields, is_dataclass
@@ -12,10 +14,26 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationE
 
 from rlhf_exp.choices import nearest
 
-ROOT_KEYS = {
-    "stages", "seed", "artifacts", "objective", "show_every", "resume", "data", "policy", "labeller", "reward", "gold",
-    "algo", "sft", "hardware", "tracker", "preferences", "evaluation", "checkpoints",
-}  # fmt: skip
+ROOT_KEYS = [
+    "stages",
+    "seed",
+    "artifacts",
+    "objective",
+    "show_every",
+    "resume",
+    "data",
+    "policy",
+    "labeller",
+    "reward",
+    "gold",
+    "algo",
+    "sft",
+    "hardware",
+    "tracker",
+    "preferences",
+    "evaluation",
+    "checkpoints",
+]
 
 
 def conf_directory() -> Path:
@@ -78,7 +96,9 @@ def _check_node(node: DictConfig, key: str) -> None:
 
 
 def build(node: Any, key: str) -> Any:
-    """The object that a plain, checked node describes. ValueErrors of its `__post_init__` come through as they are."""
+    """The object that a plain, checked node describes. ValueErrors of its `__post_init__` come
+    through as they are.
+    """
     try:
         return instantiate(node, _convert_="all")
     except InstantiationException as error:
@@ -96,18 +116,22 @@ def explain(error: Exception, arguments: list[str]) -> str:
     if found := re.search(r"Could not find '([^']+)/([^'/]+)'", text):
         group, option = found.groups()
         options = sorted(p.stem for p in (conf_directory() / group).glob("*.yaml"))
-        return f"{group}={option} is not an option; there are {', '.join(options)}{nearest(option, options)}"
+        known = ", ".join(options)
+        return f"{group}={option} is not an option; there are {known}{nearest(option, options)}"
     if found := re.search(r"full_key: (\S+)", text):
         key = found.group(1)
         return f"{key} is not a setting{nearest(key, _keys_beside(key, arguments))}"
     if found := re.search(r"Could not override '([^']+)'", text):
         groups = sorted(p.name for p in conf_directory().iterdir() if p.is_dir())
-        return f"{found.group(1)} is neither a setting nor a config group{nearest(found.group(1), [*groups, *ROOT_KEYS])}"
+        name, known = found.group(1), [*groups, *ROOT_KEYS]
+        return f"{name} is neither a setting nor a config group{nearest(name, known)}"
     return " ".join(line.strip() for line in text.splitlines() if line.strip())
 
 
 def _keys_beside(key: str, arguments: list[str]) -> list[str]:
-    """Full names of the settings that `key` could have meant, under the options chosen on the command line."""
+    """Full names of the settings that `key` could have meant, under the options chosen on the
+    command line.
+    """
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 

@@ -51,7 +51,9 @@ class Hardware:
         return accelerator
 
     def launch(self, directory: Path, *, isolated: bool) -> None:
-        """Do the run that `directory` describes: in place, or in a fresh process (jobs of a sweep share nothing)."""
+        """Do the run that `directory` describes: in place, or in a fresh process (jobs of a sweep
+        share nothing).
+        """
         if not isolated:
             from rlhf_exp.worker import work
 

@@ -1,11 +1,12 @@
 """Every formula as a pure function of tensors; nothing here knows a model, a config or a device.
 
-`mask` is 1.0 on response tokens. Losses come back per token, because a mean over one micro-batch is not the mean
-over the batch: the caller divides the sum by the token count of the whole batch.
+`mask` is 1.0 on response tokens. Losses come back per token, because a mean over one micro-batch is
+not the mean over the batch: the caller divides the sum by the token count of the whole batch.
 
-Sources: PPO (Schulman et al. 2017, arXiv 1707.06347), GAE (Schulman et al. 2016, 1506.02438), per-token KL shaping and
-the adaptive coefficient (Ziegler et al. 2019, 1909.08593), k1/k2/k3 (Schulman, "Approximating KL divergence", 2020),
-ensemble objectives (Coste et al. 2023, 2310.02743, eqs. 3-5), pairwise loss (Stiennon et al. 2020, 2009.01325).
+Sources: PPO (Schulman et al. 2017, arXiv 1707.06347), GAE (Schulman et al. 2016, 1506.02438),
+per-token KL shaping and the adaptive coefficient (Ziegler et al. 2019, 1909.08593), k1/k2/k3
+(Schulman, "Approximating KL divergence", 2020), ensemble objectives (Coste et al. 2023, 2310.02743,
+eqs. 3-5), pairwise loss (Stiennon et al. 2020, 2009.01325).
 """
 
 import math
@@ -16,11 +17,13 @@ from torch.nn import functional as F
 
 from rlhf_exp.choices import pick
 
-# ---------------------------------------------------------------------------------------------------- tokens
+# ---- tokens
 
 
 def selective_log_softmax(logits: Tensor, ids: Tensor, temperature: float = 1.0) -> Tensor:
-    """log softmax(logits / T) at `ids`, without a full-vocabulary copy kept: [b, t, v], [b, t] -> [b, t] float32."""
+    """log softmax(logits / T) at `ids`, without a full-vocabulary copy kept: [b, t, v], [b, t] ->
+    [b, t] float32.
+    """
     if temperature != 1.0:
         logits = logits / temperature
     picked = logits.gather(-1, ids.unsqueeze(-1)).squeeze(-1).float()
@@ -52,14 +55,16 @@ KL_ESTIMATORS = {
 
 
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor:
-    """Per-token estimate of KL(policy || reference) from samples of the policy, in nats: [b, t] -> [b, t].
+    """Per-token estimate of KL(policy || reference) from samples of the policy, in nats: [b, t] ->
+    [b, t].
 
-    With d = log(policy / reference): k1 = d, abs = |d|, k2 = d^2 / 2 (TRL's "mse"), k3 = exp(-d) - 1 + d.
+    With d = log(policy / reference): k1 = d, abs = |d|, k2 = d^2 / 2 (TRL's "mse"), k3 = exp(-d) -
+    1 + d.
     """
     return pick(estimator, KL_ESTIMATORS, "algo.kl_estimator")(logprobs - ref_logprobs)
 
 
-# ------------------------------------------------------------------------------------------ rewards, advantages
+# ---- rewards, advantages
 
 
 def shape_rewards(kl: Tensor, scores: Tensor, mask: Tensor, coef: float) -> Tensor:
@@ -96,10 +101,11 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
-    """(x - mean) / sqrt(unbiased variance + 1e-8) over all kept tokens of the batch, zero elsewhere: [b, t] -> [b, t].
+    """(x - mean) / sqrt(unbiased variance + 1e-8) over all kept tokens of the batch, zero
+    elsewhere: [b, t] -> [b, t].
 
-    Call it on the whole batch, never on a micro-batch: two tokens whiten to +-0.7071 whatever their reward. One token
-    has no variance; it is centred (to 0) and not scaled.
+    Call it on the whole batch, never on a micro-batch: two tokens whiten to +-0.7071 whatever their
+    reward. One token has no variance; it is centred (to 0) and not scaled.
     """
     count = mask.sum()
     mean = masked_mean(x, mask)
@@ -110,13 +116,15 @@ def whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
     return scaled if shift_mean else scaled + mean * mask
 
 
-# --------------------------------------------------------------------------------------------------- PPO losses
+# ---- PPO losses
 
 
 def policy_loss(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip: float
 ) -> tuple[Tensor, Tensor]:
-    """Clipped surrogate per token (PPO eq. 7, negated) and whether the clip decided: [b, t] -> [b, t], [b, t] bool."""
+    """Clipped surrogate per token (PPO eq. 7, negated) and whether the clip decided: [b, t] -> [b,
+    t], [b, t] bool.
+    """
     ratio = (logprobs - old_logprobs).exp()
     plain, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip)
     return torch.maximum(plain, clipped), clipped > plain
@@ -125,7 +133,9 @@ def policy_loss(
 def value_loss(
     values: Tensor, old_values: Tensor, returns: Tensor, clip: float | None
 ) -> tuple[Tensor, Tensor]:
-    """0.5 max((V - R)^2, (clip(V, V_old +- eps) - R)^2) per token, and whether the clip decided: [b, t] -> 2 x [b, t]."""
+    """0.5 max((V - R)^2, (clip(V, V_old +- eps) - R)^2) per token, and whether the clip decided:
+    [b, t] -> 2 x [b, t].
+    """
     plain = (values - returns).square()
     if clip is None:
         return 0.5 * plain, torch.zeros_like(plain, dtype=torch.bool)
@@ -134,12 +144,16 @@ def value_loss(
 
 
 def adapt_kl_coef(coef: float, kl: float, *, target: float, horizon: float, samples: int) -> float:
-    """coef * (1 + clip(KL / target - 1, +-0.2) * samples / horizon) (Ziegler et al. 2019, section 2.2)."""
+    """coef * (1 + clip(KL / target - 1, +-0.2) * samples / horizon) (Ziegler et al. 2019, section
+    2.2).
+    """
     return coef * (1.0 + min(max(kl / target - 1.0, -0.2), 0.2) * samples / horizon)
 
 
 def lr_scale(step: int, *, total: int, warmup: int, schedule: str, floor: float) -> float:
-    """Multiplier of the learning rate: linear warm-up from 0, then constant, linear or cosine down to `floor`."""
+    """Multiplier of the learning rate: linear warm-up from 0, then constant, linear or cosine down
+    to `floor`.
+    """
     if step < warmup:
         return step / warmup
     done = min(1.0, (step - warmup) / max(1, total - warmup))
@@ -151,14 +165,15 @@ def lr_scale(step: int, *, total: int, warmup: int, schedule: str, floor: float)
     return floor + (1.0 - floor) * pick(schedule, shape, "algo.schedule")
 
 
-# ------------------------------------------------------------------------------------------------ reward models
+# ---- reward models
 
 
 def combine(scores: Tensor, objective: str, weight: float, variance: str) -> Tensor:
     """Ensemble objective over members: [members, n] -> [n] (Coste et al. 2023, eqs. 3-5).
 
-    mean; wco = the worst member; uwo = mean - weight * variance over the members. `variance` is population (divide by
-    k: the paper and its best-of-n code) or unbiased (k - 1: its released PPO code). One member has variance 0.
+    mean; wco = the worst member; uwo = mean - weight * variance over the members. `variance` is
+    population (divide by k: the paper and its best-of-n code) or unbiased (k - 1: its released PPO
+    code). One member has variance 0.
     """
     objectives = {
         "mean": lambda: scores.mean(0),

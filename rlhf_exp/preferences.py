@@ -1,7 +1,8 @@
-"""The `preferences` stage: pairs sampled from the start policy (or the data set's own), labelled, with seeded noise.
+"""The `preferences` stage: pairs sampled from the start policy (or the data set's own), labelled,
+with seeded noise.
 
-Noise is drawn once and stored, so that all members of an ensemble see the same noisy data set, as the paper speaks of
-(Coste et al. 2023, section 4); evaluation pairs stay clean.
+Noise is drawn once and stored, so that all members of an ensemble see the same noisy data set, as
+the paper speaks of (Coste et al. 2023, section 4); evaluation pairs stay clean.
 """
 
 import logging
@@ -27,7 +28,9 @@ def flip_all(count: int, rate: float, rng: random.Random) -> list[int]:
 
 
 def flip_randomised_half(count: int, rate: float, rng: random.Random) -> list[int]:
-    """A random share 2 * rate of the labels is replaced by coin flips, so that `rate` of all are wrong on average."""
+    """A random share 2 * rate of the labels is replaced by coin flips, so that `rate` of all are
+    wrong on average.
+    """
     return [
         i for i in sorted(rng.sample(range(count), round(2 * rate * count))) if rng.random() < 0.5
     ]
@@ -53,7 +56,8 @@ class Preferences:
         limit = 1.0 if self.noise_scheme == "flip" else 0.5
         if not 0 <= self.noise_rate <= limit:
             raise ValueError(
-                f"preferences.noise_rate={self.noise_rate} must be between 0 and {limit} for noise_scheme={self.noise_scheme}"
+                f"preferences.noise_rate={self.noise_rate} must be between 0 and {limit} for "
+                f"noise_scheme={self.noise_scheme}"
             )
         if self.pairs < 1 or self.evaluation_pairs < 2:
             raise ValueError(
@@ -66,7 +70,8 @@ class Preferences:
             train, evaluation, dropped = data.pairs, data.held_out_pairs, 0
             if not train or len(evaluation) < 2:
                 raise ValueError(
-                    "labeller=dataset needs a data set with preference pairs: give data.preferences, or use labeller=gold"
+                    "labeller=dataset needs a data set with preference pairs: give "
+                    "data.preferences, or use labeller=gold"
                 )
         else:
             train, evaluation, dropped = self._sampled(data.prompts, policy, labeller)
@@ -98,14 +103,17 @@ class Preferences:
                 asked += len(batch)
         if len(found) < wanted:
             raise ValueError(
-                f"only {len(found)} of {wanted} preference pairs survived: of {asked} sampled pairs the others were equal texts or ties. "
+                f"only {len(found)} of {wanted} preference pairs survived: of {asked} sampled "
+                "pairs the others were equal texts or ties. "
                 "Lower preferences.pairs, or let the policy vary more (policy.temperature)"
             )
         return found[: self.pairs], found[self.pairs : wanted], asked - len(found)
 
 
 def _labelled(prompts: list[str], completions: list[str], labeller: Any) -> list[Pair]:
-    """Pairs of the two completions of each prompt, without equal texts, ties and those the labeller cannot tell."""
+    """Pairs of the two completions of each prompt, without equal texts, ties and those the labeller
+    cannot tell.
+    """
     left, right = completions[0::2], completions[1::2]
     probabilities = labeller(prompts, left, right).tolist()
     pairs = []

@@ -1,8 +1,9 @@
 """The start policy, kept to measure how far training has gone: KL(policy || reference).
 
-Three ways to keep it, the cheapest that is exact: the adapter switched off (LoRA), copies of the trained top blocks on
-a trunk shared with the policy (frozen bottom layers), or a full copy. The shared trunk is computed once: the hidden
-states that enter the policy's first trained block are handed to the reference's.
+Three ways to keep it, the cheapest that is exact: the adapter switched off (LoRA), copies of the
+trained top blocks on a trunk shared with the policy (frozen bottom layers), or a full copy. The
+shared trunk is computed once: the hidden states that enter the policy's first trained block are
+handed to the reference's.
 """
 
 import copy
@@ -50,7 +51,9 @@ class _AdapterOff:
 
 
 class _SharedTrunk:
-    """The reference's list of blocks holds the copied top only; a hook feeds it the policy's hidden states."""
+    """The reference's list of blocks holds the copied top only; a hook feeds it the policy's hidden
+    states.
+    """
 
     def __init__(self, model: nn.Module, top: int) -> None:
         frozen = weights.blocks(model)[:-top]

@@ -1,8 +1,8 @@
 """The stages of a run, in order, and what they hand over.
 
-What a stage makes is an artifact, named by the fingerprint of everything that decides it. A finished artifact is reused,
-so the second command on a machine starts at `align`. A stage seeds itself: what it makes does not depend on whether the
-stages before it were made or found.
+What a stage makes is an artifact, named by the fingerprint of everything that decides it. A
+finished artifact is reused, so the second command on a machine starts at `align`. A stage seeds
+itself: what it makes does not depend on whether the stages before it were made or found.
 """
 
 import json
@@ -116,7 +116,7 @@ class Stages:
             getattr(self, f"run_{name}")()
         write_json(self.directory / "run.json", self.about | {"artifacts": self.store.used})
 
-    # ------------------------------------------------------------------------------------- what stages hand over
+    # ---- what
 
     @cached_property
     def data(self) -> Dataset:
@@ -196,7 +196,7 @@ class Stages:
         rollouts = self.policy.sample(self.data.held_out[:512])
         return list(zip(rollouts.prompts, rollouts.completions, strict=True))
 
-    # ---------------------------------------------------------------------------------------------------- stages
+    # ---- stages
 
     def run_sft(self) -> None:
         logger.info("start policy: %s", self.start)

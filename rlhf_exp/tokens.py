@@ -1,4 +1,6 @@
-"""Between text and token ids: encoding prompts, finding where a response ends, and the checks made before training."""
+"""Between text and token ids: encoding prompts, finding where a response ends, and the checks made
+before training.
+"""
 
 import torch
 from torch import Tensor
@@ -18,7 +20,9 @@ def encode_prompts(tokenizer, prompts: list[str], *, chat: bool) -> list[list[in
 
 
 def response_mask(ids: Tensor, eos: int) -> tuple[Tensor, Tensor]:
-    """Float mask of the tokens up to and with the first `eos`, and whether there is one: [n, r] -> [n, r], [n] bool."""
+    """Float mask of the tokens up to and with the first `eos`, and whether there is one: [n, r] ->
+    [n, r], [n] bool.
+    """
     is_end = ids == eos
     before = is_end.cumsum(1) - is_end.long()
     return (before == 0).float(), is_end.any(1)
@@ -33,16 +37,19 @@ def check_lengths(
             raise ValueError(f"prompt {number} is empty; remove it from the data")
         if context is not None and len(ids) + new_tokens > context:
             raise ValueError(
-                f"prompt {number} ({prompt[:40]!r}...) has {len(ids)} tokens and policy.max_new_tokens={new_tokens} more do "
-                f"not fit into the model's context of {context}: shorten the prompt or lower policy.max_new_tokens"
+                f"prompt {number} ({prompt[:40]!r}...) has {len(ids)} tokens and "
+                f"policy.max_new_tokens={new_tokens} more do "
+                f"not fit into the model's context of {context}: shorten the prompt or lower "
+                "policy.max_new_tokens"
             )
 
 
 def lint(tokenizer, prompts: list[str], *, chat: bool) -> None:
-    """Refuse a tokenizer under which training would silently be about other tokens than the text says.
+    """Refuse a tokenizer under which training would silently be about other tokens than the text
+    says.
 
-    Begin-of-text at most once, end-of-text known, padding distinct from end-of-text, and a boundary between prompt and
-    completion that survives decoding.
+    Begin-of-text at most once, end-of-text known, padding distinct from end-of-text, and a boundary
+    between prompt and completion that survives decoding.
     """
     if tokenizer.eos_token_id is None:
         raise ValueError(
@@ -50,12 +57,14 @@ def lint(tokenizer, prompts: list[str], *, chat: bool) -> None:
         )
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         raise ValueError(
-            f"the tokenizer pads with its end-of-text token {tokenizer.eos_token!r}, so an ended completion looks like padding: "
+            f"the tokenizer pads with its end-of-text token {tokenizer.eos_token!r}, so an ended "
+            "completion looks like padding: "
             "give it a pad token of its own"
         )
     if chat and tokenizer.chat_template is None:
         raise ValueError(
-            "policy.chat=true needs a chat template and the tokenizer has none: set policy.chat=false"
+            "policy.chat=true needs a chat template and the tokenizer has none: set "
+            "policy.chat=false"
         )
     for prompt, ids in zip(prompts, encode_prompts(tokenizer, prompts, chat=chat), strict=True):
         _lint_prompt(tokenizer, prompt, ids, chat)
@@ -65,17 +74,20 @@ def _lint_prompt(tokenizer, prompt: str, ids: list[int], chat: bool) -> None:
     bos = tokenizer.bos_token_id
     if bos is not None and not chat and ids[:2] == [bos, bos]:
         raise ValueError(
-            f"the prompt {prompt[:40]!r} starts with the begin-of-text token {tokenizer.bos_token!r} twice: remove it from the text"
+            f"the prompt {prompt[:40]!r} starts with the begin-of-text token "
+            f"{tokenizer.bos_token!r} twice: remove it from the text"
         )
     if tokenizer.eos_token_id in ids[-1:]:
         raise ValueError(
-            f"the tokenizer appends the end-of-text token to the prompt {prompt[:40]!r}, so the completion would start after "
+            f"the tokenizer appends the end-of-text token to the prompt {prompt[:40]!r}, so the "
+            "completion would start after "
             "the end: load it with add_eos_token=False"
         )
     bare = tokenizer.decode([i for i in ids if i != bos])
     if not chat and bare != prompt:
         raise ValueError(
-            f"the tokenizer does not round-trip the prompt {prompt[:40]!r} (it comes back as {bare[:40]!r}), so the boundary "
+            f"the tokenizer does not round-trip the prompt {prompt[:40]!r} (it comes back as "
+            f"{bare[:40]!r}), so the boundary "
             "between prompt and completion is unsafe: normalise the text or use another tokenizer"
         )
 

@@ -1,6 +1,7 @@
 """What a run leaves behind and what a person sees while it works.
 
-Local files always: metrics.jsonl (one object per step, flat keys), samples.jsonl. A tracker gets the same numbers on top.
+Local files always: metrics.jsonl (one object per step, flat keys), samples.jsonl. A tracker gets
+the same numbers on top.
 """
 
 import json
@@ -78,7 +79,7 @@ class Tensorboard(NoTracker):
 
 @dataclass(kw_only=True)
 class Wandb(NoTracker):
-    """Weights & Biases; the key comes from the environment (WANDB_API_KEY) and is written nowhere."""
+    """Weights & Biases; the key is read from WANDB_API_KEY and written nowhere."""
 
     project: str = "rlhf_exp"
     entity: str | None = None
@@ -114,7 +115,9 @@ class Wandb(NoTracker):
 
 
 class Log:
-    """metrics.jsonl, samples.jsonl, the progress bar, and warnings when a metric leaves its healthy range."""
+    """metrics.jsonl, samples.jsonl, the progress bar, and warnings when a metric leaves its healthy
+    range.
+    """
 
     def __init__(
         self,
@@ -135,7 +138,9 @@ class Log:
         self.warned: set[str] = set()
 
     def begin(self, step: int, steps: int) -> None:
-        """Start at `step`; what an interrupted attempt wrote beyond it is dropped, because it will be done again."""
+        """Start at `step`; what an interrupted attempt wrote beyond it is dropped, because it will
+        be done again.
+        """
         for name in ("metrics.jsonl", "samples.jsonl"):
             _truncate(self.directory / name, step)
         self.bar = tqdm(
@@ -173,7 +178,8 @@ class Log:
         if step % self.show_every == 0:
             self._append("samples.jsonl", _samples(step, rollouts))
             self.say(
-                f"[step {step}] {rollouts.prompts[0]!r} -> {rollouts.completions[0]!r} ({float(rollouts.scores[0]):+.2f})"
+                f"[step {step}] {rollouts.prompts[0]!r} -> {rollouts.completions[0]!r} "
+                f"({float(rollouts.scores[0]):+.2f})"
             )
         self.shown |= {
             "proxy": row["reward/proxy"],

@@ -1,7 +1,8 @@
-"""One training run as an algorithm sees it: seed, accelerator, reference, and what happens between steps.
+"""One training run as an algorithm sees it: seed, accelerator, reference, and what happens between
+steps.
 
-`begin` restores or evaluates, `log_step` records, `end_step` evaluates, saves and stops when asked to. The loop calls
-these three and knows nothing of files, signals or schedules.
+`begin` restores or evaluates, `log_step` records, `end_step` evaluates, saves and stops when asked
+to. The loop calls these three and knows nothing of files, signals or schedules.
 """
 
 import random
@@ -28,7 +29,8 @@ class Stopped(Exception):
 
     def __init__(self, step: int, directory: Path, number: int) -> None:
         super().__init__(
-            f"stopped after step {step}, state saved; continue with: python -m rlhf_exp resume={directory}"
+            f"stopped after step {step}, state saved; continue with: python -m rlhf_exp "
+            f"resume={directory}"
         )
         self.exit_code = 128 + number
 
@@ -48,7 +50,7 @@ class Trial:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """While inside, SIGINT, SIGTERM and SIGUSR1 ask for a save and a clean stop after the step."""
+        """SIGINT, SIGTERM and SIGUSR1 ask for a save and a stop after the step."""
         before = {
             n: signal.signal(n, self._remember)
             for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -61,7 +63,9 @@ class Trial:
                 signal.signal(number, handler)
 
     def begin(self, policy: Policy, algorithm: Any, steps: int) -> int:
-        """The step to start from: 0 after a first evaluation, or that of the newest checkpoint, restored."""
+        """The step to start from: 0 after a first evaluation, or that of the newest checkpoint,
+        restored.
+        """
         self.steps = steps
         found = self.checkpoints.latest()
         if found is None:

@@ -1,4 +1,5 @@
-"""Where weights come from: a hub id, a folder, a GGUF file, an installed package, or nothing but a config.
+"""Where weights come from: a hub id, a folder, a GGUF file, an installed package, or nothing but a
+config.
 
 transformers is imported inside the functions, because it costs seconds.
 """
@@ -22,9 +23,11 @@ END = "<|endoftext|>"
 
 
 def locate(path: str, package: str | None = None) -> Path | str:
-    """A folder, a GGUF file, or the id of a model that the hub can be asked for; FileNotFoundError if it is none of these.
+    """A folder, a GGUF file, or the id of a model that the hub can be asked for; FileNotFoundError
+    if it is none of these.
 
-    `package` wins if it is installed: the folder in it that holds a config.json, else its GGUF file.
+    `package` wins if it is installed: the folder in it that holds a config.json, else its GGUF
+    file.
     """
     if package is not None and (found := _in_package(package)):
         return found
@@ -60,7 +63,8 @@ def _reachable(hub_id: str) -> str:
         hf_hub_download(hub_id, "config.json", etag_timeout=5)
     except Exception as error:
         raise FileNotFoundError(
-            f"the model {hub_id} is neither a local folder nor reachable on the hub ({type(error).__name__}): "
+            f"the model {hub_id} is neither a local folder nor reachable on the hub "
+            f"({type(error).__name__}): "
             "check the name and the network, or give a folder"
         ) from None
     return hub_id
@@ -80,7 +84,9 @@ def identity(policy: "Policy") -> dict:
 
 
 def file_states(path: Path) -> dict:
-    """Name and size of each file below `path`, and the hash of the small ones: tells weights apart without reading them."""
+    """Name and size of each file below `path`, and the hash of the small ones: tells weights apart
+    without reading them.
+    """
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
     return {
         "path": str(path),
@@ -151,7 +157,7 @@ def _convert_gguf(file: Path, folder: Path) -> None:
     """Dequantise once (tens of seconds) into an ordinary folder that loads in one."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(
+    model: Any = AutoModelForCausalLM.from_pretrained(
         file.parent, gguf_file=file.name, dtype=torch.float32
     )
     model.hf_quantizer = None
@@ -171,7 +177,9 @@ def load_tokenizer(source: Path | str):
 
 
 def set_distinct_pad(tokenizer) -> None:
-    """Pad with the unknown token where end-of-text is the pad (or there is none), else with a token of our own."""
+    """Pad with the unknown token where end-of-text is the pad (or there is none), else with a token
+    of our own.
+    """
     if tokenizer.pad_token_id is not None and tokenizer.pad_token_id != tokenizer.eos_token_id:
         return
     spare = tokenizer.unk_token
@@ -182,7 +190,9 @@ def set_distinct_pad(tokenizer) -> None:
 
 
 def load_causal_lm(source: Path | str, dtype: str, tokenizer) -> Any:
-    """Causal language model whose config agrees with `tokenizer` about padding; embeddings grow if a pad was added."""
+    """Causal language model whose config agrees with `tokenizer` about padding; embeddings grow if
+    a pad was added.
+    """
     from transformers import AutoModelForCausalLM
 
     model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype))
@@ -220,7 +230,7 @@ def generation_config(policy: "Policy") -> Any:
     )
 
 
-# ---------------------------------------------------------------------------------------------- what is trained
+# ---- what is trained
 
 
 def add_lora(model, fields: dict[str, Any]):
@@ -231,7 +241,9 @@ def add_lora(model, fields: dict[str, Any]):
 
 
 def merge_adapter(model, folder: str, base: str):
-    """`model` with the adapter at `folder` folded in; refused if the adapter was trained on other weights."""
+    """`model` with the adapter at `folder` folded in; refused if the adapter was trained on other
+    weights.
+    """
     from peft import PeftModel
 
     path = Path(folder)
@@ -242,7 +254,8 @@ def merge_adapter(model, folder: str, base: str):
         expected = json.loads(made_by_us.read_text()).get("base_weights")
         if expected is not None and expected != fingerprint(model):
             raise ValueError(
-                f"policy.adapter={folder} was trained on other weights than {base}: give the base it names"
+                f"policy.adapter={folder} was trained on other weights than {base}: give the base "
+                "it names"
             )
     else:
         recorded = json.loads((path / "adapter_config.json").read_text()).get(
@@ -250,13 +263,14 @@ def merge_adapter(model, folder: str, base: str):
         )
         if recorded not in (None, base) and Path(recorded).name != Path(base).name:
             raise ValueError(
-                f"policy.adapter={folder} was trained on {recorded}, not on {base}: give that as policy.path"
+                f"policy.adapter={folder} was trained on {recorded}, not on {base}: give that as "
+                "policy.path"
             )
     return PeftModel.from_pretrained(model, folder).merge_and_unload()
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Identity of the weights below any adapter: names, shapes and first values of the parameters."""
+    """Identity of the weights below any adapter: parameter names, shapes and first values."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         if "lora_" in name:
@@ -279,7 +293,7 @@ def blocks(model: nn.Module) -> nn.ModuleList:
 
 
 def freeze_bottom(model: nn.Module, top: int) -> None:
-    """Train the `top` last blocks and what follows them; freeze the rest, the embeddings included."""
+    """Train the `top` last blocks and what follows them; freeze the rest, embeddings included."""
     layers = blocks(model)
     if not 1 <= top < len(layers):
         raise ValueError(

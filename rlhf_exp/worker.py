@@ -1,6 +1,8 @@
-"""One process of a run: `python -m rlhf_exp.worker <run directory>` does what the directory's run.json asks for.
+"""One process of a run: `python -m rlhf_exp.worker <run directory>` does what the directory's
+run.json asks for.
 
-It knows nothing of Hydra. The exit code says how it ended: 0 done, 1 a mistake in the input, 128 + n stopped by signal n.
+It knows nothing of Hydra. The exit code says how it ended: 0 done, 1 a mistake in the input, 128 +
+n stopped by signal n.
 """
 
 import json
@@ -46,7 +48,7 @@ def _log_to(path: Path) -> None:
 
 
 def resume(directory: Path) -> None:
-    """Continue the interrupted run in `directory`; ValueError if it is finished or not one of ours."""
+    """Continue the run in `directory`; ValueError if it is finished or not one of ours."""
     if not (directory / "run.json").is_file():
         raise FileNotFoundError(
             f"resume={directory}: no run.json there, so it is not a run directory of rlhf_exp"
@@ -66,7 +68,8 @@ def resume(directory: Path) -> None:
 
     if about.get("fingerprint") != config_fingerprint(config):
         raise ValueError(
-            f"resume={directory}: run.json was edited or comes from elsewhere (its fingerprint does not fit)"
+            f"resume={directory}: run.json was edited or comes from elsewhere (its fingerprint "
+            "does not fit)"
         )
     work(directory)
 
@@ -100,17 +103,12 @@ def guarded(call) -> int:
 
 def sentence(error: Exception) -> str:
     """One line for one error; operating-system errors with what they mean for a run."""
-    if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
-        hints = {
-            13: "no permission to write there",
-            28: "the disk is full",
-            30: "the file system is read-only",
-        }
-        hint = hints.get(error.errno, error.strerror)
-        return f"{error.filename}: {hint}; choose another place with artifacts= or hydra.run.dir="
-    if isinstance(error, OSError) and error.errno == 28:
-        return "the disk is full; free some space or choose another place with artifacts= or hydra.run.dir="
-    return " ".join(str(error).split())
+    if not isinstance(error, OSError) or error.errno is None:
+        return " ".join(str(error).split())
+    hints = {13: "no permission to write there", 28: "the disk is full", 30: "it is read-only"}
+    what = hints.get(error.errno, str(error.strerror).lower())
+    where = f"{error.filename}: " if error.filename else ""
+    return f"{where}{what}; choose another place with artifacts= or hydra.run.dir="
 
 
 def interrupt(_number: int, _frame: FrameType | None) -> None:

@@ -1,6 +1,7 @@
 """The one loop every on-policy algorithm shares: sample, score, learn.
 
-A new algorithm writes `learn`, and `state`/`load_state` for what it must remember. Nothing here asks which one it is.
+A new algorithm writes `learn`, and `state`/`load_state` for what it must remember. Nothing here
+asks which one it is.
 """
 
 import random
@@ -15,7 +16,9 @@ from rlhf_exp.trial import Trial
 
 
 def prompts_at(prompts: list[str], step: int, batch: int, seed: int) -> list[str]:
-    """The `batch` prompts of `step`: every epoch is a seeded permutation, so a position is all a resume needs."""
+    """The `batch` prompts of `step`: every epoch is a seeded permutation, so a position is all a
+    resume needs.
+    """
     picked: list[str] = []
     order: list[int] = []
     for position in range(step * batch, (step + 1) * batch):
@@ -38,7 +41,8 @@ class Online:
     def __post_init__(self) -> None:
         if min(self.steps, self.batch, self.samples) < 1:
             raise ValueError(
-                f"algo.steps={self.steps}, algo.batch={self.batch}, algo.samples={self.samples} must be positive"
+                f"algo.steps={self.steps}, algo.batch={self.batch}, algo.samples={self.samples} "
+                "must be positive"
             )
 
     def run(self, policy: Policy, reward: Reward, data: Dataset, trial: Trial) -> None:

@@ -1,8 +1,10 @@
-"""Proximal policy optimisation for language models (Schulman et al. 2017; Ziegler et al. 2019; Stiennon et al. 2020).
+"""Proximal policy optimisation for language models (Schulman et al. 2017; Ziegler et al. 2019;
+Stiennon et al. 2020).
 
-One module holds policy and value function, so that a trunk is run once for both. Everything that is a statistic of the
-batch (score scaling, whitening, the mean in the loss) is computed over the whole batch or minibatch, never over the
-micro-batch that happens to fit into memory. The steps of an update are numbered in `learn`.
+One module holds policy and value function, so that a trunk is run once for both. Everything that is
+a statistic of the batch (score scaling, whitening, the mean in the loss) is computed over the whole
+batch or minibatch, never over the micro-batch that happens to fit into memory. The steps of an
+update are numbered in `learn`.
 
 Left out: a separate value trunk, dense rewards from the reward model, encoder-decoder policies.
 """
@@ -51,7 +53,9 @@ class PolicyWithValue(nn.Module):
         nn.init.zeros_(last.bias)
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Logits [b, r, v] that predict the response tokens, and the values [b, r] of the states before them."""
+        """Logits [b, r, v] that predict the response tokens, and the values [b, r] of the states
+        before them.
+        """
         logits, states = response_logits(self.model, batch, hidden=True)
         assert states is not None
         return logits, self.value_head(states.float()).squeeze(-1)
@@ -134,11 +138,13 @@ class PPO(Online):
         ScoreScaling(self.score_scaling)
         if self.epochs < 1 or len(self.betas) != 2:
             raise ValueError(
-                f"algo.epochs={self.epochs} must be at least 1 and algo.betas={self.betas} two numbers"
+                f"algo.epochs={self.epochs} must be at least 1 and algo.betas={self.betas} two "
+                "numbers"
             )
         if self.minibatch < 1 or (self.batch * self.samples) % self.minibatch:
             raise ValueError(
-                f"algo.minibatch={self.minibatch} must divide the {self.batch * self.samples} rollouts of a step "
+                f"algo.minibatch={self.minibatch} must divide the {self.batch * self.samples} "
+                "rollouts of a step "
                 f"(algo.batch={self.batch} * algo.samples={self.samples})"
             )
         if self.kl_target is not None and self.kl_target <= 0:
@@ -168,7 +174,7 @@ class PPO(Online):
         self.module, self.optimizer = self.accelerator.prepare(module, optimizer)
         self.trained = body + head
 
-    # ---------------------------------------------------------------------------------------------------- one step
+    # ---- one step
 
     def learn(self, rollouts: Rollouts, step: int) -> dict[str, float]:
         assert rollouts.scores is not None
@@ -243,7 +249,8 @@ class PPO(Online):
                 )
         if not kl.isfinite().all():
             raise ValueError(
-                "the KL to the reference is no longer finite: resume from an earlier checkpoint with a lower algo.lr, or raise algo.kl_coef"
+                "the KL to the reference is no longer finite: resume from an earlier checkpoint "
+                "with a lower algo.lr, or raise algo.kl_coef"
             )
         return Experience(logprobs, values, kl, log_ratio, advantages=values, returns=values)
 
@@ -273,7 +280,8 @@ class PPO(Online):
                 break
         if applied == 0:
             raise ValueError(
-                "no update of this step had a finite loss and gradient: resume from the last checkpoint with a lower algo.lr"
+                "no update of this step had a finite loss and gradient: resume from the last "
+                "checkpoint with a lower algo.lr"
             )
         means = {k: v / updates for k, v in totals.items() if k != "ppo/ratio_error"}
         return means | {
@@ -283,7 +291,9 @@ class PPO(Online):
         }
 
     def update(self, rollouts: Rollouts, experience: Experience, rows: Tensor) -> dict[str, float]:
-        """One optimizer step on the rollouts at `rows`; means are over all their tokens, whatever the micro-batches."""
+        """One optimizer step on the rollouts at `rows`; means are over all their tokens, whatever
+        the micro-batches.
+        """
         mask = rollouts.response[rows]
         advantages = experience.advantages
         if self.whiten == "minibatch":
@@ -353,7 +363,7 @@ class PPO(Online):
         summed["ppo/ratio_error"] = (change.exp() - 1).abs().max()
         return (per_token * mask).sum(), summed
 
-    # -------------------------------------------------------------------------------------------------- invariants
+    # ---- invariants
 
     @property
     def _tolerance(self) -> float:
@@ -368,19 +378,20 @@ class PPO(Online):
 
     def _assert_first_ratio(self, error: float) -> None:
         assert error < self._tolerance, (
-            f"before the first update the ratio is off by {error:.2g}: rollouts and training disagree"
+            f"before the first update the ratio is off by {error:.2g}: rollouts and training "
+            "disagree"
         )
 
     @staticmethod
     def _kl_metrics(log_ratio: Tensor, mask: Tensor) -> dict[str, float]:
-        """Nats per completion: per-token estimates summed over the response, mean over the batch."""
+        """Nats per completion: token estimates summed over the response, batch mean."""
         zero = torch.zeros_like(log_ratio)
         return {
             f"kl/{name}": float((losses.kl_estimate(log_ratio, zero, name) * mask).sum(1).mean())
             for name in ("k1", "k2", "k3")
         }
 
-    # ------------------------------------------------------------------------------------------------------- resume
+    # ---- resume
 
     def state(self) -> dict[str, Any]:
         module: Any = self.accelerator.unwrap_model(self.module)

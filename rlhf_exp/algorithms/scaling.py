@@ -1,4 +1,6 @@
-"""What happens to scores before they become rewards: scaling, clipping, and the rule for completions that never end."""
+"""What happens to scores before they become rewards: scaling, clipping, and the rule for
+completions that never end.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -33,15 +35,19 @@ class RunningMoments:
 
 
 def apply_missing_eos(scores: Tensor, ended: Tensor, rule: str, value: float) -> Tensor:
-    """Scores [n] after the rule for completions without end-of-text: keep, subtract `value`, or replace by `-value`."""
+    """Scores [n] after the rule for completions without end-of-text: keep, subtract `value`, or
+    replace by `-value`.
+    """
     rules = {"keep": scores, "subtract": scores - value, "replace": torch.full_like(scores, -value)}
     return torch.where(ended, scores, pick(rule, rules, "algo.missing_eos"))
 
 
 class ScoreScaling:
-    """none; running: divide by the std of all scores so far; first_batch: by the std of the first batch; batch: standardise.
+    """none; running: divide by the std of all scores so far; first_batch: by the std of the first
+    batch; batch: standardise.
 
-    `running` and `first_batch` do not shift (trlx); `batch` is (x - mean) / (std + 1e-5) of each batch (ARENA).
+    `running` and `first_batch` do not shift (trlx); `batch` is (x - mean) / (std + 1e-5) of each
+    batch (ARENA).
     """
 
     def __init__(self, method: str) -> None:

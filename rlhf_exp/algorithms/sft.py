@@ -1,4 +1,6 @@
-"""Supervised fine-tuning on demonstrations, through TRL's SFTTrainer; the loss falls on the completion only."""
+"""Supervised fine-tuning on demonstrations, through TRL's SFTTrainer; the loss falls on the
+completion only.
+"""
 
 import shutil
 import sys
@@ -39,7 +41,8 @@ class SFT:
 
         if not data.demonstrations:
             raise ValueError(
-                "the stage sft needs demonstrations and the data has none: give data.demonstrations or policy.sft=false"
+                "the stage sft needs demonstrations and the data has none: give "
+                "data.demonstrations or policy.sft=false"
             )
         set_seed(self.seed)
         steps = max(1, round(self.epochs * len(data.demonstrations) / self.batch))

@@ -1,4 +1,6 @@
-"""`data=local`: prompts, demonstrations and preference pairs from JSONL or Parquet files of the user."""
+"""`data=local`: prompts, demonstrations and preference pairs from JSONL or Parquet files of the
+user.
+"""
 
 import json
 import random
@@ -14,7 +16,9 @@ Row = TypeVar("Row")
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """One object per line; ValueError with the line's number for anything else, blank lines included."""
+    """One object per line; ValueError with the line's number for anything else, blank lines
+    included.
+    """
     rows = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
@@ -25,7 +29,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
             ) from None
         if not isinstance(row, dict):
             raise ValueError(
-                f'{path}, line {number}: expected an object like {{"prompt": ...}}, found {line[:40]!r}'
+                f"{path}, line {number}: expected an object with columns, found {line[:40]!r}"
             )
         rows.append(row)
     return rows
@@ -42,7 +46,8 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     """Rows of a .jsonl or .parquet file; FileNotFoundError or ValueError naming the file."""
     if not path.is_file():
         raise FileNotFoundError(
-            f"there is no data file at {path}; check the path (it is relative to the working directory)"
+            f"there is no data file at {path}; check the path (it is relative to the working "
+            "directory)"
         )
     if path.suffix == ".parquet":
         import pyarrow.parquet as parquet
@@ -69,7 +74,8 @@ def text_column(path: Path, row: dict[str, Any], number: int, column: str) -> st
     value = row[column]
     if not isinstance(value, str) or not value.strip():
         raise ValueError(
-            f"{path}, line {number}: column {column!r} must be text that is not empty, not {value!r}"
+            f"{path}, line {number}: column {column!r} must be text that is not empty, not "
+            f"{value!r}"
         )
     return value
 
@@ -104,7 +110,8 @@ class Local:
         for path in self._files():
             if not path.is_file():
                 raise FileNotFoundError(
-                    f"there is no data file at {path}; check the path (it is relative to the working directory)"
+                    f"there is no data file at {path}; check the path (it is relative to the "
+                    "working directory)"
                 )
         return {path.name: file_hash(path) for path in self._files()}
 
@@ -118,11 +125,13 @@ class Local:
             held_out, prompts = prompts[:cut], prompts[cut:]
         if not prompts:
             raise ValueError(
-                f"{self.prompts} has too few rows to keep some for evaluation: add rows or give data.held_out"
+                f"{self.prompts} has too few rows to keep some for evaluation: add rows or give "
+                "data.held_out"
             )
         if shared := set(prompts) & set(held_out):
             raise ValueError(
-                f"{len(shared)} prompts are both trained on and held out, for example {min(shared)[:60]!r}: remove the repeated rows"
+                f"{len(shared)} prompts are both trained on and held out, for example "
+                f"{min(shared)[:60]!r}: remove the repeated rows"
             )
         pairs = self._read(self.preferences, self._pair)
         cut = round(self.held_out_share * len(pairs))
@@ -155,6 +164,7 @@ class Local:
         rejected = text_column(path, row, number, self.rejected_column)
         if chosen == rejected:
             raise ValueError(
-                f"{path}, line {number}: chosen and rejected are equal, so the pair says nothing; remove it"
+                f"{path}, line {number}: chosen and rejected are equal, so the pair says nothing; "
+                "remove it"
             )
         return Pair(self._prompt(path, row, number), chosen, rejected)

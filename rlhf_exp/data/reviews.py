@@ -1,10 +1,11 @@
 """The embedded world: a seeded generator of short film reviews, and the gold that scores them.
 
-A review is one to three clauses of a small grammar. Its words carry a latent sentiment: an adjective's weight, scaled
-by an intensity word and turned by a negation. Because the world wrote the reviews it can also read them, so its gold
-is exact: the mean sentiment of the clauses, minus penalties for clauses the grammar cannot parse, for repeated clauses
-and for a review that breaks off. Proxies fitted on well-formed reviews never see those penalties, so they can be
-over-optimised, as in the synthetic set-up of Coste et al. 2023 (reward model ensembles).
+A review is one to three clauses of a small grammar. Its words carry a latent sentiment: an
+adjective's weight, scaled by an intensity word and turned by a negation. Because the world wrote
+the reviews it can also read them, so its gold is exact: the mean sentiment of the clauses, minus
+penalties for clauses the grammar cannot parse, for repeated clauses and for a review that breaks
+off. Proxies fitted on well-formed reviews never see those penalties, so they can be over-optimised,
+as in the synthetic set-up of Coste et al. 2023 (reward model ensembles).
 
 Left out: topics that matter to the score, and spelling.
 """
@@ -73,8 +74,9 @@ ASPECTS = [
 
 # Weights in [-1, 1]; the text is scored by these and by nothing else.
 ADJECTIVES = {
-    "wonderful": 1.0, "brilliant": 1.0, "superb": 0.9, "moving": 0.8, "clever": 0.7, "charming": 0.7,
-    "lovely": 0.6, "funny": 0.6, "solid": 0.4, "pleasant": 0.4, "decent": 0.2, "fine": 0.2,
+    "wonderful": 1.0, "brilliant": 1.0, "superb": 0.9, "moving": 0.8, "clever": 0.7,
+    "charming": 0.7, "lovely": 0.6, "funny": 0.6, "solid": 0.4, "pleasant": 0.4,
+    "decent": 0.2, "fine": 0.2,
     "plain": -0.2, "uneven": -0.2, "thin": -0.4, "flat": -0.4, "clumsy": -0.6, "boring": -0.6,
     "lazy": -0.7, "tedious": -0.7, "ugly": -0.8, "painful": -0.9, "awful": -1.0, "dreadful": -1.0,
 }  # fmt: skip
@@ -114,7 +116,9 @@ _CLAUSES = [
 
 @lru_cache(maxsize=100_000)
 def clause_sentiment(clause: str) -> float | None:
-    """Sentiment of one clause without its full stop, in [-1.75, 1.75]; None if the grammar cannot parse it."""
+    """Sentiment of one clause without its full stop, in [-1.75, 1.75]; None if the grammar cannot
+    parse it.
+    """
     match = next((m for m in (pattern.fullmatch(clause) for pattern in _CLAUSES) if m), None)
     if match is None:
         return None
@@ -209,7 +213,8 @@ class Reviews:
         films = len(TONES) * len(GENRES) * len(HEROES)
         if self.prompts < 1 or self.held_out < 1 or self.prompts + self.held_out > films:
             raise ValueError(
-                f"data.prompts={self.prompts} and data.held_out={self.held_out} must be positive and together "
+                f"data.prompts={self.prompts} and data.held_out={self.held_out} must be positive "
+                "and together "
                 f"at most {films}, the films this world has; lower one of them"
             )
 

@@ -1,6 +1,7 @@
 """What a policy is worth on held-out prompts: proxy, gold, KL to the start, lengths, diversity.
 
-Evaluation draws from its own random generator, so evaluating more often does not change what is trained.
+Evaluation draws from its own random generator, so evaluating more often does not change what is
+trained.
 """
 
 import json
@@ -133,7 +134,9 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def distinct(texts: list[str], n: int) -> float:
-    """Share of different n-grams among all n-grams of whitespace-separated words; 0 if there are none."""
+    """Share of different n-grams among all n-grams of whitespace-separated words; 0 if there are
+    none.
+    """
     grams = [
         tuple(words[i : i + n])
         for words in map(str.split, texts)
@@ -160,7 +163,9 @@ def bootstrap_interval(
 
 
 def summary(directory: Path) -> dict[str, Any]:
-    """Before and after with 95 % intervals over held-out prompts, the change paired by prompt, and the peak of gold."""
+    """Before and after with 95 % intervals over held-out prompts, the change paired by prompt, and
+    the peak of gold.
+    """
     evaluations = read_evaluations(directory)
     first, last = evaluations[0], evaluations[-1]
     table: dict[str, Any] = {"step": last["step"], "prompts": len(last["rows"])}

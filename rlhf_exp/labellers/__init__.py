@@ -6,7 +6,9 @@ from torch import Tensor
 
 
 class Labeller(Protocol):
-    """`source` says where pairs come from: sampled from the start policy, or the dataset's own, already in order."""
+    """`source` says where pairs come from: sampled from the start policy, or the dataset's own,
+    already in order.
+    """
 
     source: str
 

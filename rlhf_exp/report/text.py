@@ -17,7 +17,8 @@ def as_table(summary: dict[str, Any]) -> str:
         )
     peak = summary["gold_peak"]
     lines.append(
-        f"gold was highest at step {peak['step']} ({peak['mean']:.3f}, KL {peak['kl']:.1f}); {summary['prompts']} completions"
+        f"gold was highest at step {peak['step']} ({peak['mean']:.3f}, KL {peak['kl']:.1f}); "
+        f"{summary['prompts']} completions"
     )
     return "\n".join(lines)
 
@@ -37,13 +38,15 @@ tags: [rlhf_exp, {algo.lower()}]
 
 # {algo} on {reward}
 
-Trained by rlhf_exp {about["versions"]["rlhf_exp"]} from {start}, seed {about["seed"]}, run {about["fingerprint"]}.
+Trained by rlhf_exp {about["versions"]["rlhf_exp"]} from {start},
+seed {about["seed"]}, run {about["fingerprint"]}.
 
 ```
 {as_table(summary)}
 ```
 
-Proxy is the reward it was trained on, gold the reward it was not. Measured on held-out prompts with the policy's own sampling.
+Proxy is the reward it was trained on, gold the reward it was not. Measured on held-out prompts
+with the policy's own sampling.
 
 <details><summary>Settings</summary>
 

@@ -1,6 +1,8 @@
-"""A reward says how good completions are. It sees text, so it never has to share a tokenizer with the policy.
+"""A reward says how good completions are. It sees text, so it never has to share a tokenizer with
+the policy.
 
-`score` is the one place where the loop, the evaluation and the labellers ask a reward, and where its answer is checked.
+`score` is the one place where the loop, the evaluation and the labellers ask a reward, and where
+its answer is checked.
 """
 
 from collections.abc import Callable
@@ -58,7 +60,7 @@ class HasMembers(Protocol):
 
 @dataclass
 class Scores:
-    """`objective` [n] is what to optimise; `members` holds the scores [n] it was made from, if any."""
+    """`objective` [n] is what to optimise; `members` the scores [n] it was made from."""
 
     objective: Tensor
     members: dict[str, Tensor]
@@ -88,6 +90,7 @@ def _checked(scores: Any, completions: list[str], name: str) -> Tensor:
     if len(bad):
         text = completions[int(bad[0])][:60]
         raise ValueError(
-            f"{name} gave {float(scores[bad[0]])} for the completion {text!r}; scores must be finite"
+            f"{name} gave {float(scores[bad[0]])} for the completion {text!r}; scores must be "
+            "finite"
         )
     return scores.float().cpu()

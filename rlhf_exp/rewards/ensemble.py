@@ -1,4 +1,5 @@
-"""Reward-model ensembles (Coste et al. 2023, arXiv 2310.02743): mean, worst case, uncertainty weighted.
+"""Reward-model ensembles (Coste et al. 2023, arXiv 2310.02743): mean, worst case, uncertainty
+weighted.
 
 The members share data and settings and differ by seed: head initialisation and data order.
 """
@@ -35,12 +36,14 @@ class Ensemble(Reward):
         losses.ensemble_variance(torch.zeros(1, 1), self.variance)
         if not hasattr(self.member, "seed"):
             raise ValueError(
-                f"reward.member={type(self.member).__name__} has no seed to differ by: use reward=mix instead"
+                f"reward.member={type(self.member).__name__} has no seed to differ by: use "
+                "reward=mix instead"
             )
         self.members = [replace(self.member, seed=self.member.seed + i) for i in range(self.size)]
         if self.objective != "mean" and getattr(self.member, "normalise", None) == "none":
             logger.warning(
-                "reward.objective=%s compares members whose scores have arbitrary offsets, because reward.member.normalise=none",
+                "reward.objective=%s compares members whose scores have arbitrary offsets, "
+                "because reward.member.normalise=none",
                 self.objective,
             )
 

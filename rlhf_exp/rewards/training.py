@@ -1,4 +1,4 @@
-"""TRL's RewardTrainer as rewards/pairwise.py uses it; apart, because importing TRL costs seconds."""
+"""TRL's RewardTrainer for rewards/pairwise.py; apart, because importing TRL costs seconds."""
 
 import sys
 from pathlib import Path
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def training_config(reward: "Pairwise", folder: Path, device: Any) -> RewardConfig:
-    """The settings of `reward` in TRL's words; nothing is saved or reported by the trainer itself."""
+    """The settings of `reward` in TRL's words; the trainer itself saves and reports nothing."""
     return RewardConfig(
         output_dir=str(folder / "trainer"),
         num_train_epochs=reward.epochs,
