@@ -37,9 +37,13 @@ def write_json(path: Path, value: Any) -> None:
     """Write through a temporary name, so that a reader or a crash never sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    _sync(temporary)
-    temporary.replace(path)
+    try:
+        temporary.write_text(json.dumps(value, indent=2) + "\n")
+        _sync(temporary)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def write_directory(path: Path, make: Callable[[Path], None], about: dict) -> None:
@@ -72,11 +76,12 @@ def verify(path: Path) -> dict:
     """
     try:
         manifest = json.loads((path / MANIFEST).read_text())
-    except (OSError, ValueError):
+        hashes = dict(manifest["files"])
+    except (OSError, ValueError, KeyError, TypeError):
         raise ValueError(
             f"{path} is damaged (no readable {MANIFEST}): delete it to have it made again"
         ) from None
-    for name, expected in manifest["files"].items():
+    for name, expected in hashes.items():
         file = path / name
         if not file.is_file() or file_hash(file) != expected:
             raise ValueError(

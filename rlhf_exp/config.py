@@ -3,37 +3,43 @@ schema.
 """
 
 import re
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from hydra.errors import InstantiationException
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
+from omegaconf.errors import OmegaConfBaseException
 
 from rlhf_exp.choices import nearest
 
-ROOT_KEYS = [
-    "stages",
-    "seed",
-    "artifacts",
-    "objective",
-    "show_every",
-    "resume",
-    "data",
-    "policy",
-    "labeller",
-    "reward",
-    "gold",
-    "algo",
-    "sft",
-    "hardware",
-    "tracker",
-    "preferences",
-    "evaluation",
-    "checkpoints",
-]
+
+@dataclass
+class Root:
+    """Types of the settings at the root; the nodes below have schemas of their own."""
+
+    stages: list[str]
+    seed: int
+    artifacts: str
+    objective: str
+    show_every: int
+    resume: str | None
+    data: Any
+    policy: Any
+    labeller: Any
+    reward: Any
+    gold: Any
+    algo: Any
+    sft: Any
+    hardware: Any
+    tracker: Any
+    preferences: Any
+    evaluation: Any
+    checkpoints: Any
+
+
+ROOT_KEYS = [f.name for f in fields(Root)]
 
 
 def conf_directory() -> Path:
@@ -49,11 +55,9 @@ def check(config: DictConfig) -> None:
 
     Nothing is instantiated. ValueError for a value that is missing, an unknown key or a wrong type.
     """
-    for name in config:
-        if str(name) not in ROOT_KEYS:
-            raise ValueError(f"{name} is not a setting{nearest(str(name), ROOT_KEYS)}")
     settled = config.copy()
     OmegaConf.resolve(settled)
+    _check_fields(settled, Root, "")
     _check(settled, "")
 
 
@@ -73,26 +77,27 @@ def _check(value: Any, key: str) -> None:
 
 
 def _check_node(node: DictConfig, key: str) -> None:
-    schema = get_class(node._target_)
-    if not is_dataclass(schema):
-        return
+    try:
+        schema = get_class(node._target_)
+    except Exception as error:
+        raise ValueError(f"{key}._target_={node._target_} cannot be imported ({error})") from None
+    if is_dataclass(schema):
+        _check_fields(node, schema, f"{key}.")
+
+
+def _check_fields(node: DictConfig, schema: Any, prefix: str) -> None:
+    """Compare keys and types of `node` with the fields of the dataclass `schema`."""
     values = {str(k): v for k, v in node.items() if k != "_target_"}
     known = [f.name for f in fields(schema) if f.init]
-    for name in values:
+    for name, value in values.items():
         if name not in known:
-            raise ValueError(
-                f"{key}.{name} is not a setting of {schema.__name__}{nearest(name, known)}"
-            )
-    plain = {
-        k: OmegaConf.to_container(v) if OmegaConf.is_config(v) else v for k, v in values.items()
-    }
-    try:
-        OmegaConf.merge(OmegaConf.structured(schema), plain)
-    except (ConfigKeyError, ValidationError, OmegaConfBaseException) as error:
-        first = str(error).splitlines()[0]
-        raise ValueError(
-            f"{key}.{getattr(error, 'key', None) or ''}: {first}".replace(".:", ":")
-        ) from None
+            what = f"a setting of {schema.__name__}" if prefix else "a setting"
+            raise ValueError(f"{prefix}{name} is not {what}{nearest(name, known)}")
+        plain = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+        try:
+            OmegaConf.merge(OmegaConf.structured(schema), {name: plain})
+        except OmegaConfBaseException as error:
+            raise ValueError(f"{prefix}{name}: {str(error).splitlines()[0]}") from None
 
 
 def build(node: Any, key: str) -> Any:
@@ -118,12 +123,12 @@ def explain(error: Exception, arguments: list[str]) -> str:
         options = sorted(p.stem for p in (conf_directory() / group).glob("*.yaml"))
         known = ", ".join(options)
         return f"{group}={option} is not an option; there are {known}{nearest(option, options)}"
-    if found := re.search(r"full_key: (\S+)", text):
-        key = found.group(1)
-        return f"{key} is not a setting{nearest(key, _keys_beside(key, arguments))}"
-    if found := re.search(r"Could not override '([^']+)'", text):
-        groups = sorted(p.name for p in conf_directory().iterdir() if p.is_dir())
-        name, known = found.group(1), [*groups, *ROOT_KEYS]
+    if found := re.search(r"Could not override '([^']+)'|full_key: (\S+)", text):
+        name = found.group(1) or found.group(2)
+        if "." in name:
+            return f"{name} is not a setting{nearest(name, _keys_beside(name, arguments))}"
+        groups = [p.name for p in conf_directory().iterdir() if p.is_dir()]
+        known = sorted({*groups, *ROOT_KEYS})
         return f"{name} is neither a setting nor a config group{nearest(name, known)}"
     return " ".join(line.strip() for line in text.splitlines() if line.strip())
 

@@ -24,14 +24,11 @@ def selective_log_softmax(logits: Tensor, ids: Tensor, temperature: float = 1.0)
     """log softmax(logits / T) at `ids`, without a full-vocabulary copy kept: [b, t, v], [b, t] ->
     [b, t] float32.
     """
-    if temperature != 1.0:
-        logits = logits / temperature
-    picked = logits.gather(-1, ids.unsqueeze(-1)).squeeze(-1).float()
+    picked = logits.gather(-1, ids.unsqueeze(-1)).squeeze(-1).float() / temperature
     if logits.dtype == torch.float32:
-        return picked - logits.logsumexp(-1)
-    return picked - torch.stack(
-        [row.float().logsumexp(-1) for row in logits]
-    )  # one row's copy at a time
+        return picked - (logits if temperature == 1.0 else logits / temperature).logsumexp(-1)
+    rows = [(row.float() / temperature).logsumexp(-1) for row in logits]  # one row's copy at a time
+    return picked - torch.stack(rows)
 
 
 def entropy(logits: Tensor) -> Tensor:

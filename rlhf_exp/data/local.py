@@ -19,8 +19,12 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """One object per line; ValueError with the line's number for anything else, blank lines
     included.
     """
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error}); convert it") from None
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(lines if lines[-1] else lines[:-1], 1):
         try:
             row = json.loads(line)
         except ValueError as error:
@@ -42,13 +46,17 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
     )
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a .jsonl or .parquet file; FileNotFoundError or ValueError naming the file."""
+def require_file(path: Path) -> None:
+    """FileNotFoundError naming `path` unless there is a file."""
     if not path.is_file():
         raise FileNotFoundError(
-            f"there is no data file at {path}; check the path (it is relative to the working "
-            "directory)"
+            f"there is no data file at {path}; check the path (relative to the working directory)"
         )
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a .jsonl or .parquet file; FileNotFoundError or ValueError naming the file."""
+    require_file(path)
     if path.suffix == ".parquet":
         import pyarrow.parquet as parquet
 
@@ -101,19 +109,14 @@ class Local:
         if not 0 < self.held_out_share < 1:
             raise ValueError(f"data.held_out_share={self.held_out_share} must be between 0 and 1")
 
-    def _files(self) -> list[Path]:
-        named = (self.prompts, self.held_out, self.demonstrations, self.preferences)
-        return [Path(name).expanduser() for name in named if name is not None]
-
     def identity(self) -> dict:
-        """Hashes of the files, so that an edited file is another data set."""
-        for path in self._files():
-            if not path.is_file():
-                raise FileNotFoundError(
-                    f"there is no data file at {path}; check the path (it is relative to the "
-                    "working directory)"
-                )
-        return {path.name: file_hash(path) for path in self._files()}
+        """Hashes of the files by role, so that an edited file is another data set."""
+        roles = ("prompts", "held_out", "demonstrations", "preferences")
+        named = {role: getattr(self, role) for role in roles}
+        found = {role: Path(name).expanduser() for role, name in named.items() if name is not None}
+        for path in found.values():
+            require_file(path)
+        return {role: file_hash(path) for role, path in found.items()}
 
     def load(self) -> Dataset:
         prompts = self._read(self.prompts, self._prompt)
