@@ -31,16 +31,17 @@ def selective_log_softmax(logits: Tensor, ids: Tensor, temperature: float = 1.0)
     return picked - torch.stack(rows)
 
 
-def entropy(logits: Tensor) -> Tensor:
-    """Entropy of softmax(logits) in nats: [..., v] -> [...]."""
-    logprobs = logits.float().log_softmax(-1)
+def entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """Entropy of softmax(logits / T) in nats: [..., v] -> [...]."""
+    logprobs = (logits.float() / temperature).log_softmax(-1)
     return -(logprobs.exp() * logprobs).sum(-1)
 
 
-def full_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
+def full_kl(logits: Tensor, ref_logits: Tensor, temperature: float = 1.0) -> Tensor:
     """Exact KL(policy || reference) over the vocabulary in nats: [..., v] -> [...]."""
-    logprobs = logits.float().log_softmax(-1)
-    return (logprobs.exp() * (logprobs - ref_logits.float().log_softmax(-1))).sum(-1)
+    logprobs = (logits.float() / temperature).log_softmax(-1)
+    ref_logprobs = (ref_logits.float() / temperature).log_softmax(-1)
+    return (logprobs.exp() * (logprobs - ref_logprobs)).sum(-1)
 
 
 KL_ESTIMATORS = {

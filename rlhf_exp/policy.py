@@ -199,7 +199,7 @@ class Policy:
         self.tokenizer = weights.load_tokenizer(source)
         self.source = str(source)
         model = weights.load_causal_lm(source, self.dtype, self.tokenizer)
-        if self.adapter is not None and not isinstance(source, Path):
+        if self.adapter is not None and not weights.is_finetuned(source):
             model = weights.merge_adapter(model, self.adapter, self.source)
         self.model: Any = self._made_trainable(model) if trainable else model.requires_grad_(False)
         self.model.to(

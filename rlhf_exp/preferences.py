@@ -67,7 +67,7 @@ class Preferences:
     def make(self, folder: Path, data: Dataset, policy: Policy, labeller: Any) -> None:
         """Write train.jsonl, evaluation.jsonl and noise.json."""
         if labeller.source == "dataset":
-            train, evaluation, dropped = data.pairs, data.held_out_pairs, 0
+            train, evaluation, dropped = list(data.pairs), data.held_out_pairs, 0
             if not train or len(evaluation) < 2:
                 raise ValueError(
                     "labeller=dataset needs a data set with preference pairs: give "

@@ -223,6 +223,7 @@ class Stages:
     def run_align(self) -> None:
         if "reward" not in self.config["stages"]:
             self.run_reward()  # finds what an earlier run made
+        seed_everything(self.config["seed"])  # adapters and value heads are drawn from here on
         self.policy.load(self.start, trainable=True, device=self.device)
         self.reward.load(self.device)
         self.gold.load(self.device)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from rlhf_exp.artifacts import Store
+from rlhf_exp.artifacts import MANIFEST, Store
 
 if TYPE_CHECKING:
     from rlhf_exp.policy import Policy
@@ -72,7 +72,8 @@ def _reachable(hub_id: str) -> str:
 
 def identity(policy: "Policy") -> dict:
     """What decides the weights `base` returns: config fields, and the state of local files."""
-    spec: dict[str, Any] = {"dtype": policy.dtype, "adapter": policy.adapter}
+    adapter = None if policy.adapter is None else file_states(Path(policy.adapter))
+    spec: dict[str, Any] = {"dtype": policy.dtype, "adapter": adapter}
     if policy.path is None:
         return spec | {
             "architecture": policy.architecture,
@@ -203,7 +204,9 @@ def load_causal_lm(source: Path | str, dtype: str, tokenizer) -> Any:
 def fit_pad(model, tokenizer) -> None:
     """Make room for the tokenizer's pad token in `model` and its config."""
     if tokenizer.pad_token_id >= model.get_input_embeddings().num_embeddings:
-        model.resize_token_embeddings(tokenizer.pad_token_id + 1)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)  # the new rows are drawn; every load must give the same model
+            model.resize_token_embeddings(tokenizer.pad_token_id + 1)
     model.config.pad_token_id = tokenizer.pad_token_id
 
 
@@ -238,6 +241,12 @@ def add_lora(model, fields: dict[str, Any]):
     from peft import LoraConfig, get_peft_model
 
     return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **fields))
+
+
+def is_finetuned(source: Path | str) -> bool:
+    """Whether the stage sft made `source`: what it makes holds the adapter of its base already."""
+    manifest = Path(source) / MANIFEST
+    return manifest.exists() and json.loads(manifest.read_text()).get("kind") == "sft"
 
 
 def merge_adapter(model, folder: str, base: str):

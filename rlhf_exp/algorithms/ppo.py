@@ -235,7 +235,7 @@ class PPO(Online):
             new = losses.selective_log_softmax(logits, batch.response_ids, temperature)
             ref = losses.selective_log_softmax(ref_logits, batch.response_ids, temperature)
             if self.kl_estimator == "full":
-                penalty = losses.full_kl(logits / temperature, ref_logits / temperature)
+                penalty = losses.full_kl(logits, ref_logits, temperature)
             else:
                 penalty = losses.kl_estimate(new, ref, self.kl_estimator)
             for whole, part in (
@@ -341,13 +341,12 @@ class PPO(Online):
         per_token = policy + self.vf_coef * value
         stats = {"ppo/policy_loss": policy, "ppo/value_loss": value}
         if self.entropy_coef:
-            entropy = losses.entropy(logits / self.policy.temperature)
+            entropy = losses.entropy(logits, self.policy.temperature)
             per_token = per_token - self.entropy_coef * entropy
         else:
             entropy = -new  # an unbiased estimate, at no cost
         if self.kl_loss_coef:
-            temperature = self.policy.temperature
-            kl = losses.full_kl(logits / temperature, self.reference.logits(batch) / temperature)
+            kl = losses.full_kl(logits, self.reference.logits(batch), self.policy.temperature)
             per_token = per_token + self.kl_loss_coef * kl
             stats["ppo/kl_loss"] = kl
         change = (new - old).detach()

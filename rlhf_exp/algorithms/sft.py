@@ -6,10 +6,12 @@ import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from rlhf_exp.data.rows import Dataset
 from rlhf_exp.policy import Policy
+from rlhf_exp.trial import Trial
 
 
 @dataclass(kw_only=True)
@@ -32,8 +34,32 @@ class SFT:
                 f"sft.batch={self.batch} must be a multiple of sft.micro_batch={self.micro_batch}"
             )
 
+    def check(self, policy: Policy) -> None:
+        """Any policy can be fine-tuned."""
+
+    def run(self, policy: Policy, reward: Any, data: Dataset, trial: Trial) -> None:
+        """As an algorithm of its own: one step that trains on all demonstrations."""
+        if trial.begin(policy, self, steps=1) == 0:
+            with TemporaryDirectory() as folder:
+                self.train(Path(folder), data, policy)
+            trial.end_step(1, policy, self)
+
+    def state(self) -> dict[str, Any]:
+        """Nothing outlives the one step."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Nothing to restore."""
+
     def make(self, folder: Path, data: Dataset, policy: Policy) -> None:
         """Train `policy`, loaded and trainable, and save weights and tokenizer to `folder`."""
+        self.train(folder, data, policy)
+        model = policy.model.merge_and_unload() if policy.lora is not None else policy.model
+        model.save_pretrained(folder)
+        policy.tokenizer.save_pretrained(folder)
+
+    def train(self, folder: Path, data: Dataset, policy: Policy) -> None:
+        """Train `policy` in place; `folder` is scratch space for the trainer."""
         from datasets import Dataset as Rows
         from transformers import PrinterCallback, set_seed
         from trl.trainer.sft_config import SFTConfig
@@ -73,8 +99,4 @@ class SFT:
         trainer.remove_callback(PrinterCallback)
         trainer.train()
         shutil.rmtree(folder / "trainer", ignore_errors=True)
-        model: Any = trainer.accelerator.unwrap_model(trainer.model)
-        if policy.lora is not None:
-            model = model.merge_and_unload()
-        model.save_pretrained(folder)
-        policy.tokenizer.save_pretrained(folder)
+        policy.model.eval()

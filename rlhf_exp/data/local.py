@@ -137,7 +137,7 @@ class Local:
                 f"{min(shared)[:60]!r}: remove the repeated rows"
             )
         pairs = self._read(self.preferences, self._pair)
-        cut = round(self.held_out_share * len(pairs))
+        cut = min(len(pairs) - 1, max(2, round(self.held_out_share * len(pairs)))) if pairs else 0
         return Dataset(
             prompts=prompts,
             held_out=held_out,

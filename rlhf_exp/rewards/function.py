@@ -34,7 +34,7 @@ class Function(Reward):
             sys.path.insert(0, str(Path.cwd()))
         try:
             self.call = getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError) as error:
+        except Exception as error:  # whatever the user's module raises
             raise ValueError(
                 f"reward.function={self.function} cannot be imported ({error}); check module and "
                 "name"
@@ -46,13 +46,14 @@ class Function(Reward):
         try:
             scores = self.call(prompts=prompts, completions=completions)
         except Exception as error:
-            where = inspect.getsourcefile(self.call) or self.function
+            where = getattr(inspect.getmodule(self.call), "__file__", None) or self.function
             raise ValueError(
                 f"reward.function={self.function} ({where}) raised {type(error).__name__}: {error}"
             ) from error
-        if scores is None or any(s is None for s in scores):
+        try:
+            return torch.as_tensor(scores, dtype=torch.float32)
+        except (TypeError, ValueError, RuntimeError):
             raise ValueError(
-                f"reward.function={self.function} gave None; it must return one number per "
-                "completion"
-            )
-        return torch.as_tensor(scores, dtype=torch.float32)
+                f"reward.function={self.function} gave {repr(scores)[:60]}; it must return one "
+                "number per completion"
+            ) from None

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from rlhf_exp import __version__, tokens, weights
-from rlhf_exp.artifacts import verify, write_json
+from rlhf_exp.artifacts import fingerprint, verify, write_json
 from rlhf_exp.choices import require
 from rlhf_exp.data.local import read_jsonl
 from rlhf_exp.rewards import Fitting, Reward
@@ -100,7 +100,7 @@ class Pairwise(Reward):
         if self.learns_from_pairs:
             spec["pairs"] = fitting.pairs().name
         if self.normalise == "policy_samples":
-            spec["policy"] = str(fitting.policy())
+            spec["samples"] = fingerprint(fitting.samples())
         self.folder = fitting.store.get(
             "reward", "pairwise", spec, lambda folder: self._make(folder, backbone, fitting)
         )
