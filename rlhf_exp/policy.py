@@ -85,15 +85,15 @@ def micro_batches(rollouts: Rollouts, rows: Tensor, token_budget: int) -> Iterat
     batch has one row at least.
     """
     width = rollouts.ids.shape[1] - rollouts.response.shape[1]
-    responses = rollouts.response.sum(1).long().cpu()
-    prompts = rollouts.mask[:, :width].sum(1).cpu()
-    order = sorted(rows.tolist(), key=lambda i: (int(prompts[i] + responses[i]), i))
+    responses: list[int] = rollouts.response.sum(1).long().tolist()
+    prompts: list[int] = rollouts.mask[:, :width].sum(1).tolist()
+    order = sorted(rows.tolist(), key=lambda i: (prompts[i] + responses[i], i))
     start = 0
     while start < len(order):
         p = r = 1
         end = start
         while end < len(order):
-            p_next, r_next = max(p, int(prompts[order[end]])), max(r, int(responses[order[end]]))
+            p_next, r_next = max(p, prompts[order[end]]), max(r, responses[order[end]])
             if end > start and (end - start + 1) * (p_next + r_next) > token_budget:
                 break
             p, r, end = p_next, r_next, end + 1

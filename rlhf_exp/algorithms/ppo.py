@@ -161,6 +161,7 @@ class PPO(Online):
         self.coef = self.kl_coef
         self.scaling = ScoreScaling(self.score_scaling)
         self.skipped = 0
+        self.kept_forward: tuple[Tensor, Tensor] | None = None
         module = PolicyWithValue(policy.model, self.value_hidden)
         head = list(module.value_head.parameters())
         body = [p for p in policy.model.parameters() if p.requires_grad]
@@ -169,6 +170,7 @@ class PPO(Online):
             betas=(self.betas[0], self.betas[1]),
             eps=self.eps,
             weight_decay=self.weight_decay,
+            fused=True,
         )
         self.base_lrs = [group["lr"] for group in optimizer.param_groups]
         self.module, self.optimizer = self.accelerator.prepare(module, optimizer)
@@ -229,8 +231,15 @@ class PPO(Online):
         """Log-probs, values and KL of every response token under the policy as it is now."""
         logprobs, values, kl, log_ratio = (torch.zeros_like(rollouts.response) for _ in range(4))
         temperature = self.policy.temperature
-        for batch in micro_batches(rollouts, torch.arange(len(rollouts)), self.token_budget):
-            logits, value = self.module(batch)
+        batches = list(micro_batches(rollouts, torch.arange(len(rollouts)), self.token_budget))
+        # Where one forward pass covers all rollouts and the minibatch is all of them, it is also
+        # the forward pass of the first update: keep its graph.
+        reusable = len(batches) == 1 and self.minibatch == len(rollouts)
+        for batch in batches:
+            with torch.set_grad_enabled(reusable):
+                output = self.module(batch)
+            self.kept_forward = output if reusable else None
+            logits, value = (x.detach() for x in output)
             ref_logits = self.reference.logits(batch)
             new = losses.selective_log_softmax(logits, batch.response_ids, temperature)
             ref = losses.selective_log_softmax(ref_logits, batch.response_ids, temperature)
@@ -328,7 +337,8 @@ class PPO(Online):
         rows, columns = batch.rows, slice(0, batch.length)
         mask = rollouts.response[rows, columns]
         old = experience.logprobs[rows, columns]
-        logits, values = self.module(batch)
+        logits, values = self.kept_forward or self.module(batch)
+        self.kept_forward = None
         new = losses.selective_log_softmax(logits, batch.response_ids, self.policy.temperature)
         new = torch.where(mask.bool(), new, old)
         policy, clipped = losses.policy_loss(new, old, advantages[rows, columns], self.clip)
