@@ -5,6 +5,7 @@ finds it finished reuses it after checking the hashes; whoever comes while it is
 a file lock.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -18,6 +19,8 @@ from typing import Any
 from filelock import FileLock
 
 MANIFEST = "artifact.json"
+# How a full disk or a file size limit reads, also through libraries with errors of their own.
+FULL = ("No space left", "File too large", "os error 28", "os error 27")
 
 
 def fingerprint(spec: Any) -> str:
@@ -46,7 +49,7 @@ def write_json(path: Path, value: Any) -> None:
         raise
 
 
-def write_directory(path: Path, make: Callable[[Path], None], about: dict) -> None:
+def write_directory(path: Path, make: Callable[[Path], object], about: dict) -> None:
     """Let `make` fill a directory that appears at `path` whole or not at all, with a manifest of
     its hashes.
     """
@@ -65,8 +68,10 @@ def write_directory(path: Path, make: Callable[[Path], None], about: dict) -> No
         _sync(temporary)
         temporary.rename(path)
         _sync(path.parent)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if any(sign in str(error) for sign in FULL):
+            raise OSError(errno.ENOSPC, "the disk is full", str(path)) from error
         raise
 
 

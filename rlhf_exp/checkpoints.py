@@ -2,6 +2,7 @@
 kept.
 """
 
+import io
 import json
 import random
 import shutil
@@ -46,8 +47,10 @@ class Checkpoints:
             shutil.rmtree(
                 path
             )  # left by an earlier attempt that got further than the one being resumed
+        packed = io.BytesIO()  # torch.save straight to a full disk dies without an OSError
+        torch.save(state, packed)
         write_directory(
-            path, lambda temporary: torch.save(state, temporary / "state.pt"), {"step": step}
+            path, lambda t: (t / "state.pt").write_bytes(packed.getbuffer()), {"step": step}
         )
         steps = self.steps()
         for old in set(steps[: -self.keep]) - {best_step}:

@@ -118,6 +118,8 @@ def build(node: Any, key: str) -> Any:
 def explain(error: Exception, arguments: list[str]) -> str:
     """One sentence for an error of Hydra's, with the nearest key, group or option."""
     text = str(error)
+    if override := getattr(error, "override", None):
+        return f"{override} cannot be read as an override ({text.splitlines()[0]})"
     if found := re.search(r"Could not find '([^']+)/([^'/]+)'", text):
         group, option = found.groups()
         options = sorted(p.stem for p in (conf_directory() / group).glob("*.yaml"))

@@ -97,6 +97,10 @@ class Stages:
             built[k] for k in ("preferences", "evaluation", "checkpoints")
         )
         require(config["objective"], ROWS, "objective")
+        if not 0 <= config["seed"] < 2**32:
+            raise ValueError(f"seed={config['seed']} must be between 0 and 2**32 - 1")
+        if config["show_every"] < 1:
+            raise ValueError(f"show_every={config['show_every']} must be at least 1")
         if "align" in config["stages"]:
             self.algo.check(self.policy)
         self.store = Store(Path(config["artifacts"]).expanduser().absolute())

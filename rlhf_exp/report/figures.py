@@ -51,31 +51,21 @@ def _series(evaluations: list[dict[str, Any]], key: str) -> list[float]:
 
 
 def _by_step(axes: Any, evaluations: list[dict[str, Any]]) -> None:
-    x = [e["step"] for e in evaluations]
-    axes.plot(
-        x,
-        _series(evaluations, "reward/proxy"),
-        "o-",
-        color=PROXY,
-        markersize=3,
-        label="proxy (trained on)",
-    )
-    axes.plot(x, _series(evaluations, "reward/gold"), "o-", color=GOLD, markersize=3, label="gold")
-    axes.set(xlabel="step", ylabel="mean score on held-out prompts")
+    _scores(axes, [e["step"] for e in evaluations], evaluations)
+    axes.set_xlabel("step")
 
 
 def _by_kl(axes: Any, evaluations: list[dict[str, Any]]) -> None:
-    x = [max(0.0, k) ** 0.5 for k in _series(evaluations, "kl/k1")]
-    axes.plot(
-        x,
-        _series(evaluations, "reward/proxy"),
-        "o-",
-        color=PROXY,
-        markersize=3,
-        label="proxy (trained on)",
-    )
-    axes.plot(x, _series(evaluations, "reward/gold"), "o-", color=GOLD, markersize=3, label="gold")
-    axes.set(xlabel="√KL to the start (√nats)", ylabel="mean score on held-out prompts")
+    _scores(axes, [max(0.0, k) ** 0.5 for k in _series(evaluations, "kl/k1")], evaluations)
+    axes.set_xlabel("√KL to the start (√nats)")
+
+
+def _scores(axes: Any, x: list[float], evaluations: list[dict[str, Any]]) -> None:
+    curves = (("reward/proxy", PROXY, "proxy (trained on)"), ("reward/gold", GOLD, "gold"))
+    for key, color, label in curves:
+        y = _series(evaluations, key)
+        axes.plot(x, y, "o-", color=color, markersize=3, label=label)
+    axes.set_ylabel("mean score on held-out prompts")
 
 
 def _members(axes: Any, evaluations: list[dict[str, Any]]) -> None:
@@ -100,6 +90,7 @@ def _kl_coefficient(axes: Any, steps: list[dict[str, Any]]) -> None:
     x = [row["step"] for row in steps]
     axes.plot(x, [row.get("kl/coef", 0.0) for row in steps], color=PROXY)
     axes.set(xlabel="step", ylabel="KL coefficient")
+    axes.set_ylim(bottom=0)
     right = axes.twinx()
     right.plot(x, [row.get("kl/k1", 0.0) for row in steps], color=GREY)
     right.set_ylabel("KL to the start (nats)", color=GREY)

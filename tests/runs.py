@@ -1,0 +1,138 @@
+"""Runs for the end-to-end tests: the real command line in a subprocess, or the same run in this
+process. Artifacts of one debug run are made once per session; what can starts from them.
+"""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra import compose, initialize_config_dir
+
+from rlhf_exp.__main__ import run
+from rlhf_exp.config import conf_directory
+from rlhf_exp.worker import guarded
+
+REPOSITORY = Path(__file__).parent.parent
+PATIENCE = 240  # seconds after which a subprocess counts as hanging; one takes about ten
+RESULTS = (
+    "metrics.jsonl",
+    "samples.jsonl",
+    "evaluation",
+    "checkpoints",
+    "policy",
+    "figures",
+    "summary.json",
+)
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """What a subprocess sees: this repository first, one thread, no network."""
+    path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
+    offline = {"HF_HUB_OFFLINE": "1", "WANDB_SILENT": "true", "MPLBACKEND": "Agg"}
+    threads = {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1"}
+    return os.environ | {"PYTHONPATH": path} | offline | threads | extra
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "rlhf_exp", *map(str, arguments)]
+
+
+def command_line(
+    *arguments: object, cwd: Path, timeout: float = PATIENCE
+) -> subprocess.CompletedProcess[str]:
+    """`python -m rlhf_exp <arguments>` in `cwd`, waited for."""
+    return subprocess.run(
+        command(*arguments),
+        cwd=cwd,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+def inside(directory: Path, *overrides: object) -> int:
+    """Do the run that these overrides ask for, in this process; returns the exit code."""
+    with initialize_config_dir(str(conf_directory()), version_base="1.3"):
+        config = compose("config", overrides=[str(o) for o in overrides])
+    directory.mkdir(parents=True, exist_ok=True)
+    return logged(lambda: run(config, directory, isolated=False))
+
+
+def logged(call: Any) -> int:
+    """The exit code of `call`, with the logging it set up undone."""
+    logger = logging.getLogger("rlhf_exp")
+    before = logger.propagate, logger.level, list(logger.handlers)
+    try:
+        return guarded(call)
+    finally:
+        for handler in set(logger.handlers) - set(before[2]):
+            handler.close()
+        logger.propagate, logger.handlers = before[0], before[2]
+        logger.setLevel(before[1])
+
+
+def settings(*left_out: str) -> list[str]:
+    """The numbers of experiment=debug as overrides, without those of the groups in `left_out`."""
+    preset = yaml.safe_load((conf_directory() / "experiment" / "debug.yaml").read_text())
+    return [o for group, v in preset.items() if group not in left_out for o in _overrides(group, v)]
+
+
+def _overrides(key: str, value: Any) -> list[str]:
+    if isinstance(value, dict):
+        return [o for k, v in value.items() for o in _overrides(f"{key}.{k}", v)]
+    return [] if key == "defaults" else [f"{key}={json.dumps(value)}"]
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def timeless(path: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without what the clock decides."""
+    return [
+        {k: v for k, v in row.items() if not k.startswith("time/") and k != "tokens_per_second"}
+        for row in rows(path)
+    ]
+
+
+def contents(folder: Path) -> set[str]:
+    """Every file and folder below, hidden ones and half-written ones included."""
+    return {str(p.relative_to(folder)) for p in folder.rglob("*")} if folder.exists() else set()
+
+
+def the_error(stderr: str) -> str:
+    """The one line that begins with "error: "; fails if there is none, several, or a traceback."""
+    assert "Traceback" not in stderr, stderr
+    found = [line for line in stderr.splitlines() if line.startswith("error: ")]
+    assert len(found) == 1, stderr
+    return found[0]
+
+
+def nothing_half_written(directory: Path) -> None:
+    """A run that was refused has no results, and nobody left a temporary directory beside it."""
+    left = contents(directory)
+    assert not left & set(RESULTS), left
+    assert not [name for name in contents(directory.parent) if ".tmp-" in name]
+
+
+def says(sentence: str, *fragments: str) -> None:
+    """An error names the thing and the cure, and is no essay."""
+    for fragment in fragments:
+        assert fragment in sentence, f"{fragment!r} is not in: {sentence}"
+    assert len(sentence) < 700, sentence
+
+
+@dataclass(frozen=True)
+class DebugRun:
+    """`python -m rlhf_exp experiment=debug` on a machine where nothing was trained yet."""
+
+    directory: Path
+    artifacts: Path
+    process: subprocess.CompletedProcess[str]
