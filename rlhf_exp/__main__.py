@@ -39,6 +39,7 @@ def run(config: DictConfig, directory: Path, *, isolated: bool) -> None:
     """Check the config, write down what was asked, and do it."""
     check(config)
     plain = resolved(config)
+    plain["artifacts"] = str(Path(plain["artifacts"]).expanduser().absolute())
     hardware = build(plain["hardware"], "hardware")
     os.environ.update(hardware.env())
     from rlhf_exp.artifacts import write_json

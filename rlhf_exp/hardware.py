@@ -60,6 +60,14 @@ class Hardware:
             work(directory)
             return
         command = [sys.executable, "-m", "rlhf_exp.worker", str(directory)]
-        code = subprocess.run(command, env=os.environ | self.env()).returncode
+        worker = subprocess.Popen(command, env=os.environ | self.env())
+        interrupted = False
+        while (code := worker.poll()) is None:
+            try:
+                worker.wait()
+            except KeyboardInterrupt:  # Ctrl-C reached the worker too; let it save
+                interrupted = True
+        if interrupted:
+            raise KeyboardInterrupt
         if code:
             raise WorkerFailed(code if code > 0 else 128 - code)

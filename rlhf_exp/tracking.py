@@ -253,7 +253,7 @@ def _truncate(path: Path, step: int) -> None:
         except ValueError:
             break  # the last line of a killed process may be cut short
         if row["step"] < step or (
-            row["step"] == step and any(k.startswith("evaluation/") for k in row)
+            0 < row["step"] == step and any(k.startswith("evaluation/") for k in row)
         ):
             kept.append(line + "\n")
     path.write_text("".join(kept), encoding="utf-8")

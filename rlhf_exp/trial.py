@@ -105,8 +105,9 @@ class Trial:
         result = self.evaluator(step, policy, self.reference)
         self.log.evaluation(step, result)
         name = self.checkpoints.best
-        if step == 0 or result[name] <= self.checkpoints.best_so_far()[1]:
-            return False
+        best_step, best = self.checkpoints.best_so_far()
+        if step == 0 or (result[name] <= best and step != best_step):
+            return False  # the best step itself comes again if its checkpoint was never written
         self.checkpoints.mark_best(step, result[name])
         return True
 
