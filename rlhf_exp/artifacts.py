@@ -71,7 +71,7 @@ def write_directory(path: Path, make: Callable[[Path], object], about: dict) -> 
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if any(sign in str(error) for sign in FULL):
-            raise OSError(errno.ENOSPC, "the disk is full", str(path)) from error
+            raise OSError(errno.ENOSPC, "No space left on device", str(path)) from error
         raise
 
 

@@ -97,7 +97,8 @@ def _check_fields(node: DictConfig, schema: Any, prefix: str) -> None:
         try:
             OmegaConf.merge(OmegaConf.structured(schema), {name: plain})
         except OmegaConfBaseException as error:
-            raise ValueError(f"{prefix}{name}: {str(error).splitlines()[0]}") from None
+            where = getattr(error, "full_key", None) or name
+            raise ValueError(f"{prefix}{where}: {str(error).splitlines()[0]}") from None
 
 
 def build(node: Any, key: str) -> Any:

@@ -86,9 +86,13 @@ def test_what_the_operating_system_says(
 # ---- damage and resumption
 
 
-def test_a_damaged_artifact(refused: Callable[..., str], artifacts: Path, tmp_path: Path) -> None:
-    shutil.copytree(artifacts, tmp_path / "copied")
-    [folder] = (tmp_path / "copied" / "sft").glob("policy-*")
+def test_a_damaged_artifact(
+    refused: Callable[..., str], debug_run: DebugRun, tmp_path: Path
+) -> None:
+    shutil.copytree(debug_run.artifacts, tmp_path / "copied")
+    used = json.loads((debug_run.directory / "run.json").read_text())["artifacts"]
+    [name] = [Path(path).name for path in used if Path(path).parent.name == "sft"]
+    folder = tmp_path / "copied" / "sft" / name
     flip_a_byte(folder / "model.safetensors")
     with pytest.raises(ValueError, match="damaged"):
         verify(folder)
