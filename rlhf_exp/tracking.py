@@ -7,8 +7,6 @@ the same numbers on top.
 import json
 import logging
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,14 +123,8 @@ class Log:
         tracker: Any,
         *,
         show_every: int,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.directory, self.tracker, self.show_every, self.clock = (
-            directory,
-            tracker,
-            show_every,
-            clock,
-        )
+        self.directory, self.tracker, self.show_every = directory, tracker, show_every
         self.bar: tqdm | None = None
         self.shown: dict[str, float] = {}  # what the bar says beside the step
         self.warned: set[str] = set()

@@ -9,7 +9,6 @@ update are numbered in `learn`.
 Left out: a separate value trunk, dense rewards from the reward model, encoder-decoder policies.
 """
 
-import logging
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,8 +28,6 @@ from rlhf_exp.policy import (
     response_logits,
 )
 from rlhf_exp.trial import Trial
-
-logger = logging.getLogger(__name__)
 
 
 class PolicyWithValue(nn.Module):
@@ -79,9 +76,8 @@ class PPO(Online):
 
     epochs: int = 4  # passes over each batch of rollouts
     minibatch: int = 64  # rollouts per optimizer step
-    token_budget: int = (
-        MAX_ROLLOUT_TOKENS  # padded tokens per forward pass; changes memory, not the gradient
-    )
+    # padded tokens per forward pass; changes memory, not the gradient
+    token_budget: int = MAX_ROLLOUT_TOKENS
     lr: float = 1e-4
     value_lr: float | None = None  # learning rate of the value head; null: lr
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])  # AdamW
@@ -89,9 +85,8 @@ class PPO(Online):
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     schedule: str = "constant"  # constant, linear or cosine
-    schedule_steps: int | None = (
-        None  # steps after which the schedule has reached its floor; null: steps
-    )
+    # steps after which the schedule has reached its floor; null: steps
+    schedule_steps: int | None = None
     warmup: int = 0  # steps with a rising learning rate
     lr_floor: float = 0.0  # last learning rate as a share of lr
     gamma: float = 1.0
@@ -99,15 +94,13 @@ class PPO(Online):
     clip: float = 0.2  # of the probability ratio
     value_clip: float | None = 0.2  # of the change in value; null: off
     vf_coef: float = 0.1
-    value_hidden: int | None = (
-        None  # width of a hidden layer in the value head; null: a linear head
-    )
+    # width of a hidden layer in the value head; null: a linear head
+    value_hidden: int | None = None
     entropy_coef: float = 0.0
     kl_coef: float = 0.05  # of the per-token penalty in the reward
     kl_estimator: str = "k1"  # k1, abs, k2, k3 or full (over the vocabulary)
-    kl_target: float | None = (
-        None  # nats per completion that an adaptive coefficient steers to; null: fixed
-    )
+    # nats per completion that an adaptive coefficient steers to; null: fixed
+    kl_target: float | None = None
     kl_horizon: float = 10_000.0  # samples over which the adaptive coefficient moves
     kl_loss_coef: float = 0.0  # of the full KL as a term of the loss (ARENA)
     score_scaling: str = "none"  # none, running, first_batch or batch
@@ -116,9 +109,8 @@ class PPO(Online):
     whiten_rewards: bool = False  # scale the shaped rewards to unit variance
     missing_eos: str = "keep"  # completions without end-of-text: keep, subtract or replace
     missing_eos_value: float = 1.0
-    stop_kl: float | None = (
-        None  # end the epochs when mean(old - new log-prob) exceeds this; null: off
-    )
+    # end the epochs when mean(old - new log-prob) exceeds this; null: off
+    stop_kl: float | None = None
     ratio_guard: float | None = None  # skip a minibatch whose mean ratio exceeds this; null: off
 
     def __post_init__(self) -> None:

@@ -21,9 +21,8 @@ class SFT:
     epochs: float = 3.0
     lr: float = 1e-3
     batch: int = 64  # demonstrations per optimizer step
-    micro_batch: int = (
-        64  # demonstrations per forward pass; fewer than `batch` accumulates gradients
-    )
+    # demonstrations per forward pass; fewer than `batch` accumulates gradients
+    micro_batch: int = 64
     max_length: int = 512  # tokens of prompt and completion; longer demonstrations are cut
     warmup: float = 0.03  # share of the steps with a rising learning rate
     seed: int = 0  # order of the demonstrations

@@ -94,9 +94,8 @@ class Local:
 
     prompts: str  # file of prompts to train on
     prompt_column: str = "prompt"
-    held_out: str | None = (
-        None  # file of prompts to evaluate on; null keeps `held_out_share` of `prompts` for that
-    )
+    # file of prompts to evaluate on; null keeps `held_out_share` of `prompts` for that
+    held_out: str | None = None
     held_out_share: float = 0.1
     demonstrations: str | None = None  # file with prompt and completion, for the sft stage
     completion_column: str = "completion"

@@ -25,9 +25,8 @@ class Ensemble(Reward):
     size: int = 5  # the paper finds 4 and 5 about equal, 3 worse
     objective: str = "uwo"  # mean, wco (worst member) or uwo (mean - uwo_weight * variance)
     uwo_weight: float = 0.5  # lambda of UWO; 0 is the mean
-    variance: str = (
-        "population"  # population (the paper, eq. 5) or unbiased (its released PPO code)
-    )
+    # population (the paper, eq. 5) or unbiased (its released PPO code)
+    variance: str = "population"
 
     def __post_init__(self) -> None:
         if self.size < 1:

