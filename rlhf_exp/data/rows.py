@@ -1,6 +1,9 @@
-"""What every data set hands to the stages: prompts, demonstrations and preference pairs."""
+"""What every data set hands to the stages: prompts, demonstrations, preference pairs, and
+statements whose truth is known.
+"""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,16 @@ class Pair:
     rejected: str
 
 
+@dataclass(frozen=True)
+class Statement:
+    """Something to be judged. A template turns `fields` into a question with an answer for each
+    label; `label` is the index of the right answer.
+    """
+
+    fields: dict[str, Any]
+    label: int
+
+
 @dataclass(kw_only=True)
 class Dataset:
     """The splits of one data set. `held_out` prompts are never trained on."""
@@ -29,3 +42,7 @@ class Dataset:
     demonstrations: list[Demonstration] = field(default_factory=list)
     pairs: list[Pair] = field(default_factory=list)
     held_out_pairs: list[Pair] = field(default_factory=list)
+    statements: list[Statement] = field(default_factory=list)
+    held_out_statements: list[Statement] = field(default_factory=list)
+    templates: str | None = None  # the set of templates written for the statements
+    answers: dict[str, str] = field(default_factory=dict)  # the right completion, by prompt
