@@ -130,6 +130,8 @@ class Policy:
     vocabulary: int = 512  # size of the tokenizer trained for a model built from scratch
     seed: int = 0  # draws the weights of a model built from scratch
     dtype: str = "float32"  # float32, bfloat16 or float16
+    # int8 or nf4 base weights under a LoRA adapter, through bitsandbytes; null: as they are
+    quantization: str | None = None
     adapter: str | None = None  # folder of a LoRA adapter trained on `path`, merged in on loading
     # fields of peft.LoraConfig; null trains the weights themselves
     lora: dict[str, Any] | None = None
@@ -152,6 +154,13 @@ class Policy:
                 "policy needs either policy.path (a model to load) or policy.architecture (one to "
                 "build)"
             )
+        if self.quantization is not None:
+            require(self.quantization, ("int8", "nf4"), "policy.quantization")
+            if self.lora is None or self.sft or self.adapter is not None:
+                raise ValueError(
+                    f"policy.quantization={self.quantization} trains an adapter on weights that "
+                    "stay as they are: give policy.lora, policy.sft=false and policy.adapter=null"
+                )
         if self.lora is not None and self.train_top is not None:
             raise ValueError(
                 f"policy.lora and policy.train_top={self.train_top} exclude each other; set one "
@@ -194,17 +203,19 @@ class Policy:
         """Load tokenizer and weights; `trainable` also freezes or adapts as configured."""
         self.tokenizer = weights.load_tokenizer(source)
         self.source = str(source)
-        model = weights.load_causal_lm(source, self.dtype, self.tokenizer)
+        model = weights.load_causal_lm(
+            source, self.dtype, self.tokenizer, self.quantization, device
+        )
         if self.adapter is not None and not weights.is_finetuned(source):
             model = weights.merge_adapter(model, self.adapter, self.source)
         self.model: Any = self._made_trainable(model) if trainable else model.requires_grad_(False)
-        self.model.to(
-            device
-        ).eval()  # dropout stays off: rollouts, old and new log-probs come from one function
+        if self.quantization is None:
+            self.model.to(device)
+        self.model.eval()  # dropout stays off: rollouts, old and new log-probs are one function
 
     def _made_trainable(self, model: nn.Module) -> nn.Module:
         if self.lora is not None:
-            return weights.add_lora(model, self.lora)
+            return weights.add_lora(model, self.lora, quantized=self.quantization is not None)
         if self.train_top is not None:
             weights.freeze_bottom(model, self.train_top)
         return model
@@ -308,7 +319,7 @@ class Policy:
             "base": self.source,
             "lora": self.lora is not None,
         }
-        if self.lora is not None:
+        if self.lora is not None and self.quantization is None:
             state["base_weights"] = weights.fingerprint(self.model)
         write_json(folder / "policy.json", state)
         if card:

@@ -106,10 +106,24 @@ class Stages:
         self.store = Store(Path(config["artifacts"]).expanduser().absolute())
         self.data_spec = {"config": config["data"], "files": self.source.identity()}
         self.policy.identity()  # a path that leads nowhere ends the run here
-        self.reward.check()
-        self.gold.check()
         self.accelerator = built["hardware"].accelerator()
         self.device = self.accelerator.device
+        self.fitting = Fitting(
+            store=self.store,
+            data=lambda: self.data,
+            trained=self.policy,
+            pairs=lambda: self.pairs,
+            policy=lambda: self.start,
+            samples=self._start_samples,
+            device=self.device,
+        )
+        if self.labeller.source == "sampled" and self.gold.learns_from_pairs:
+            raise ValueError(
+                f"the gold reward learns from pairs, and labeller={config['labeller']['_target_']} "
+                "asks the gold for them: use labeller=dataset, or a gold that learns from none"
+            )
+        self.gold.check(self.fitting)
+        self.reward.check(self.fitting)
 
     def run(self) -> None:
         """Do the stages asked for."""
@@ -167,6 +181,7 @@ class Stages:
             spec |= self._sampling_spec()
 
         def make(folder: Path) -> None:
+            self.gold.fit(self.fitting)
             self.policy.load(self.start, device=self.device)
             self.labeller.load(self.gold, self.device)
             self.settings.make(folder, self.data, self.policy, self.labeller)
@@ -184,6 +199,7 @@ class Stages:
             "prefix",
             "chat",
             "dtype",
+            "quantization",
         )
         start = self.start.name if isinstance(self.start, Path) else self.start
         identity = self.policy.identity() if not self.policy.sft else None
@@ -212,15 +228,8 @@ class Stages:
         logger.info("preference pairs: %s", self.pairs)
 
     def run_reward(self) -> None:
-        fitting = Fitting(
-            store=self.store,
-            pairs=lambda: self.pairs,
-            policy=lambda: self.start,
-            samples=self._start_samples,
-            device=self.device,
-        )
-        self.reward.fit(fitting)
-        self.gold.fit(fitting)
+        self.gold.fit(self.fitting)
+        self.reward.fit(self.fitting)
 
     def run_align(self) -> None:
         if "reward" not in self.config["stages"]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from rlhf_exp.artifacts import MANIFEST, Store
+from rlhf_exp.artifacts import MANIFEST, Store, verify
 
 if TYPE_CHECKING:
     from rlhf_exp.policy import Policy
@@ -100,6 +100,18 @@ def file_states(path: Path) -> dict:
             for f in files
         ],
     }
+
+
+def source_identity(source: Path | str) -> Any:
+    """What tells one source of weights from another: an artifact by its name, other folders by
+    their files, the hub by id.
+    """
+    if isinstance(source, str):
+        return source
+    if (source / MANIFEST).exists():
+        verify(source)
+        return source.name
+    return file_states(source)
 
 
 def _hash(path: Path) -> str:
@@ -190,15 +202,50 @@ def set_distinct_pad(tokenizer) -> None:
         tokenizer.add_special_tokens({"pad_token": PAD})
 
 
-def load_causal_lm(source: Path | str, dtype: str, tokenizer) -> Any:
+def load_causal_lm(
+    source: Path | str,
+    dtype: str,
+    tokenizer,
+    quantization: str | None = None,
+    device: str | torch.device = "cpu",
+) -> Any:
     """Causal language model whose config agrees with `tokenizer` about padding; embeddings grow if
-    a pad was added.
+    a pad was added. With int8 or nf4 weights it is put on `device` while loading.
     """
     from transformers import AutoModelForCausalLM
 
-    model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype))
+    settings = _quantized(quantization, dtype, device) if quantization else {}
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        source, dtype=getattr(torch, dtype), **settings
+    )
     fit_pad(model, tokenizer)
+    for module in model.modules():  # a packing for some CPUs that drops gradients after generate()
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     return model
+
+
+def _quantized(quantization: str, dtype: str, device: str | torch.device) -> dict[str, Any]:
+    from importlib.util import find_spec
+
+    from transformers import BitsAndBytesConfig
+
+    if find_spec("bitsandbytes") is None:
+        raise ValueError(
+            f"policy.quantization={quantization} needs bitsandbytes: pip install "
+            "'rlhf_exp[quantization]'"
+        )
+    config = (
+        BitsAndBytesConfig(load_in_8bit=True)
+        if quantization == "int8"
+        else BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=getattr(torch, dtype),
+        )
+    )
+    return {"quantization_config": config, "device_map": {"": torch.device(device)}}
 
 
 def fit_pad(model, tokenizer) -> None:
@@ -236,10 +283,12 @@ def generation_config(policy: "Policy") -> Any:
 # ---- what is trained
 
 
-def add_lora(model, fields: dict[str, Any]):
+def add_lora(model, fields: dict[str, Any], *, quantized: bool = False):
     """`model` with a fresh LoRA adapter, the identity at the start."""
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
+    if quantized:  # norms and head in float32
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **fields))
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import tiny_policy
 from torch import Tensor
 
 from rlhf_exp.artifacts import Store
@@ -109,9 +110,9 @@ def test_ensemble_combines_its_members_and_shows_them(settings, expected: list[f
 def test_members_differ_by_seed_only_and_all_are_loaded() -> None:
     ensemble = Ensemble(member=Seeded(table="shared", seed=4), size=3)
     ensemble.load("cpu")
-    assert [m.seed for m in ensemble.members] == [4, 5, 6]
-    assert {m.table for m in ensemble.members} == {"shared"}
-    assert [m.loads for m in ensemble.members] == [1, 1, 1]
+    assert [m.seed for m in ensemble.members.values()] == [4, 5, 6]
+    assert {m.table for m in ensemble.members.values()} == {"shared"}
+    assert [m.loads for m in ensemble.members.values()] == [1, 1, 1]
 
 
 @pytest.mark.parametrize(
@@ -143,7 +144,7 @@ def test_ensemble_of_arbitrary_offsets_is_warned_of(
 ) -> None:
     monkeypatch.setattr(logging.getLogger("rlhf_exp"), "propagate", True)
     Ensemble(member=Pairwise(normalise=normalise), size=2, objective=objective)
-    assert ("arbitrary offsets" in caplog.text) == warns
+    assert ("a scale of their own" in caplog.text) == warns
 
 
 def test_mix_is_the_weighted_sum_and_shows_its_parts() -> None:
@@ -257,14 +258,14 @@ def test_function_that_cannot_be_found_fails_before_training(
 ) -> None:
     reward = Function(function=f"{user_module(source)}:{attribute}")
     with pytest.raises(ValueError, match=message):
-        Mix(parts={"mine": Part(reward=reward)}).check()
+        Mix(parts={"mine": Part(reward=reward)}).check(fitting(Store(Path())))
 
 
 @pytest.mark.parametrize("path", ["/nowhere/model", "no-such/model"])
 def test_missing_reward_model_fails_before_training(path: str) -> None:
     for reward in (Pairwise(path=path), Ensemble(member=Pairwise(path=path), size=2)):
         with pytest.raises(FileNotFoundError, match=path):
-            reward.check()
+            reward.check(fitting(Store(Path())))
 
 
 @pytest.mark.parametrize("name", ["politeness", ":f", "module:"])
@@ -410,7 +411,11 @@ def test_what_learns_from_pairs() -> None:
 
 
 def fitting(
-    store: Store, pairs: Path | None = None, samples: Any = None, policy: Any = None
+    store: Store,
+    pairs: Path | None = None,
+    samples: Any = None,
+    policy: Any = None,
+    data: Any = None,
 ) -> Fitting:
     """What the reward stage hands over; what is not given must not be asked for."""
 
@@ -423,6 +428,8 @@ def fitting(
 
     return Fitting(
         store=store,
+        data=give(data, "data"),
+        trained=tiny_policy(),
         pairs=give(pairs, "pairs"),
         samples=give(samples, "samples"),
         policy=give(policy, "policy"),

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from rlhf_exp.artifacts import Store
+from rlhf_exp.data.rows import Dataset
+from rlhf_exp.policy import Policy
 
 
 @dataclass(kw_only=True)
@@ -21,6 +23,8 @@ class Fitting:
     """What a reward may use to fit itself; what it does not ask for is not made."""
 
     store: Store
+    data: Callable[[], Dataset]
+    trained: Policy  # the policy that is or will be trained; not loaded at every time
     pairs: Callable[[], Path]  # artifact with train.jsonl and evaluation.jsonl
     policy: Callable[[], Path | str]  # the start policy, for rewards that begin from its weights
     samples: Callable[[], list[tuple[str, str]]]  # prompts with completions of the start policy
@@ -35,8 +39,8 @@ class Reward(Protocol):
         """Whether `fit` asks for preference pairs."""
         return False
 
-    def check(self) -> None:
-        """Refuse what can be known to fail before anything trains."""
+    def check(self, fitting: Fitting) -> None:
+        """Refuse what can be known to fail before anything trains or loads."""
 
     def fit(self, fitting: Fitting) -> None:
         """Make or find what the reward needs."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rlhf_exp.rewards import Reward
+from rlhf_exp.rewards import Fitting, Reward
 
 
 @dataclass(kw_only=True)
@@ -25,7 +25,7 @@ class Function(Reward):
         if not module or not name:
             raise ValueError(f"reward.function={self.function} must have the form module:function")
 
-    def check(self) -> None:
+    def check(self, fitting: Fitting) -> None:
         self.load("cpu")
 
     def load(self, device: str | torch.device) -> None:

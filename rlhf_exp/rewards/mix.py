@@ -33,9 +33,9 @@ class Mix(Reward):
     def learns_from_pairs(self) -> bool:
         return any(part.reward.learns_from_pairs for part in self.parts.values())
 
-    def check(self) -> None:
+    def check(self, fitting: Fitting) -> None:
         for part in self.parts.values():
-            part.reward.check()
+            part.reward.check(fitting)
 
     def fit(self, fitting: Fitting) -> None:
         for part in self.parts.values():

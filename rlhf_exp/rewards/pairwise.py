@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from rlhf_exp import __version__, tokens, weights
-from rlhf_exp.artifacts import fingerprint, verify, write_json
+from rlhf_exp.artifacts import fingerprint, write_json
 from rlhf_exp.choices import require
 from rlhf_exp.data.local import read_jsonl
 from rlhf_exp.rewards import Fitting, Reward
@@ -72,7 +72,7 @@ class Pairwise(Reward):
     def learns_from_pairs(self) -> bool:
         return self.train or self.normalise == "eval_set"
 
-    def check(self) -> None:
+    def check(self, fitting: Fitting) -> None:
         if self.path is not None:
             weights.locate(self.path, self.package)
 
@@ -91,7 +91,7 @@ class Pairwise(Reward):
         settings = {
             k: v for k, v in asdict(self).items() if k not in ("path", "package", "token_budget")
         }
-        spec = settings | {"version": __version__, "backbone": _identity(backbone)}
+        spec = settings | {"version": __version__, "backbone": weights.source_identity(backbone)}
         if self.learns_from_pairs:
             spec["pairs"] = fitting.pairs().name
         if self.normalise == "policy_samples":
@@ -281,15 +281,3 @@ class Pairwise(Reward):
         ]
         last = states[torch.arange(len(ids), device=ids.device), tokens.last_token(mask)]
         return self.model.score(last).squeeze(-1).float().cpu()
-
-
-def _identity(backbone: Path | str) -> Any:
-    """What tells one backbone from another: an artifact by its name, other folders by their files,
-    the hub by id.
-    """
-    if isinstance(backbone, str):
-        return backbone
-    if (backbone / "artifact.json").exists():
-        verify(backbone)
-        return backbone.name
-    return weights.file_states(backbone)
