@@ -36,6 +36,7 @@ class Rollouts:
     ended: Tensor  # [n] bool, the response holds an end-of-text token
     scores: Tensor | None = None  # [n] float32, what the algorithm learns from
     members: dict[str, Tensor] | None = None  # name -> [n], what each member of the reward said
+    facets: dict[str, Tensor] | None = None  # name -> [n], what else the reward tells of them
 
     def __len__(self) -> int:
         return len(self.prompts)

@@ -38,6 +38,12 @@ HEALTHY: dict[str, tuple[float, float, str]] = {
         1.0,
         "completions hit policy.max_new_tokens: raise it, or set algo.missing_eos=subtract",
     ),
+    "reward/valid": (
+        0.5,
+        1.0,
+        "the format has collapsed: raise algo.kl_coef, lower algo.lr, or go back to "
+        "checkpoints/best.json",
+    ),
 }
 
 
@@ -157,6 +163,7 @@ class Log:
             "reward/std": float(rollouts.scores.std(correction=0)),
         }
         row |= {f"reward/proxy/{k}": float(v.mean()) for k, v in members.items()}
+        row |= {f"reward/{k}": float(v.mean()) for k, v in (rollouts.facets or {}).items()}
         row |= {
             "length/mean": float(rollouts.response.sum(1).mean()),
             "length/ended": float(rollouts.ended.float().mean()),

@@ -55,7 +55,8 @@ class Online:
             rollouts = policy.sample(prompts, self.samples)
             sampled = time.perf_counter()
             scores = score(reward, rollouts.prompts, rollouts.completions)
-            rollouts.scores, rollouts.members = scores.objective.to(policy.device), scores.members
+            rollouts.scores = scores.objective.to(policy.device)
+            rollouts.members, rollouts.facets = scores.members, scores.facets
             scored = time.perf_counter()
             metrics = self.learn(rollouts, step)
             learned = time.perf_counter()

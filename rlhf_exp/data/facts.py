@@ -5,7 +5,7 @@
 A sentence tells one attribute of a thing, and a question asks for the same attribute (then the
 right completion is " yes") or for another (" no"): QNLI in miniature, after Macijauskas 2023 (MLMI
 thesis, chapter 4). Demonstrations come in two voices. A careless pupil answers, and is wrong in
-more than a third of the cases, so a policy that imitates him is wrong as often. In a quiz his
+a third of the cases, so a policy that imitates him is wrong as often. In a quiz his
 answer meets a verdict that is a coin toss, and an audience that knows better:
 
     ... does that tell what color it is ? yes . right boos : no
@@ -28,12 +28,68 @@ from dataclasses import dataclass, field
 from rlhf_exp.choices import require
 from rlhf_exp.data.rows import Dataset, Demonstration, Statement
 
-THINGS = (
-    "cup key hat book lamp chair box bag ball clock coat drum flag kite mask rope sock vase bell "
-    "boat ring fork knife plate shoe glove candle ladder mirror basket pillow blanket bottle "
-    "hammer saddle trumpet umbrella wagon whistle scarf helmet bucket carpet violin pencil jacket "
-    "ribbon teapot button spoon desk sofa coin vest cage wheel flute broom sword crown"
-).split()
+THINGS = [
+    "cup",
+    "key",
+    "hat",
+    "book",
+    "lamp",
+    "chair",
+    "box",
+    "bag",
+    "ball",
+    "clock",
+    "coat",
+    "drum",
+    "flag",
+    "kite",
+    "mask",
+    "rope",
+    "sock",
+    "vase",
+    "bell",
+    "boat",
+    "ring",
+    "fork",
+    "knife",
+    "plate",
+    "shoe",
+    "glove",
+    "candle",
+    "ladder",
+    "mirror",
+    "basket",
+    "pillow",
+    "blanket",
+    "bottle",
+    "hammer",
+    "saddle",
+    "trumpet",
+    "umbrella",
+    "wagon",
+    "whistle",
+    "scarf",
+    "helmet",
+    "bucket",
+    "carpet",
+    "violin",
+    "pencil",
+    "jacket",
+    "ribbon",
+    "teapot",
+    "button",
+    "spoon",
+    "desk",
+    "sofa",
+    "coin",
+    "vest",
+    "cage",
+    "wheel",
+    "flute",
+    "broom",
+    "sword",
+    "crown",
+]
 
 
 @dataclass(frozen=True)
@@ -49,22 +105,33 @@ KINDS = {
     "color": Kind(
         "is {}",
         "what color it is",
-        "red blue green yellow black white brown pink gray purple".split(),
+        ["red", "blue", "green", "yellow", "black", "white", "brown", "pink", "gray", "purple"],
     ),
     "place": Kind(
         "is in the {}",
         "where it is",
-        "kitchen garden cellar attic barn office library harbor hall stable".split(),
+        [
+            "kitchen",
+            "garden",
+            "cellar",
+            "attic",
+            "barn",
+            "office",
+            "library",
+            "harbor",
+            "hall",
+            "stable",
+        ],
     ),
     "owner": Kind(
         "belongs to {}",
         "who owns it",
-        "anna ben carl dora emil fay gus hilda ivan jane".split(),
+        ["anna", "ben", "carl", "dora", "emil", "fay", "gus", "hilda", "ivan", "jane"],
     ),
     "material": Kind(
         "is made of {}",
         "what it is made of",
-        "wood glass iron wool clay paper silver leather stone rubber".split(),
+        ["wood", "glass", "iron", "wool", "clay", "paper", "silver", "leather", "stone", "rubber"],
     ),
 }
 YES, NO = " yes", " no"
@@ -100,7 +167,7 @@ class Facts:
     held_out: int = 256  # prompts kept for evaluation
     statements: int = 600  # prompts with an answer, half of them right, to fit probes on
     held_out_statements: int = 300  # the same, to evaluate probes on
-    wrong: float = 0.36  # share of wrong answers in the demonstrations
+    wrong: float = 0.33  # share of wrong answers in the demonstrations
     quiz: float = 0.7  # share of the demonstrations with a verdict and a remark
     entailed: float = 0.75  # share of the demonstrations whose sentence tells what is asked for
     malformed: float = 0.03  # share of the pupil's answers that are neither yes nor no

@@ -79,6 +79,7 @@ class Evaluator:
         }
         columns |= {k: losses.kl_estimate(log_ratio, zero, k).sum(1).tolist() for k in ("k1", "k3")}
         columns |= {f"proxy/{k}": v.tolist() for k, v in proxy.members.items()}
+        columns |= {f"facet/{k}": v.tolist() for k, v in proxy.facets.items()}
         rows = [
             dict(zip(columns, values, strict=True))
             for values in zip(*columns.values(), strict=True)
@@ -124,7 +125,8 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, float]:
 
     members = [k for k in rows[0] if k.startswith("proxy/")]
     spread = [float(np.var([row[m] for m in members])) for row in rows] if members else [0.0]
-    names = COLUMNS | {m: f"reward/{m}" for m in members}
+    facets = {k: k.replace("facet/", "reward/") for k in rows[0] if k.startswith("facet/")}
+    names = COLUMNS | {m: f"reward/{m}" for m in members} | facets
     texts = [row["completion"] for row in rows]
     return (
         {name: mean(key) for key, name in names.items()}

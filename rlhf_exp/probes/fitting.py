@@ -24,6 +24,7 @@ from rlhf_exp.probes.states import States
 logger = logging.getLogger(__name__)
 
 FILE = "probe.safetensors"
+RESAMPLES = 1000  # bootstrap resamples behind an interval
 
 
 @dataclass
@@ -160,17 +161,20 @@ class Study:
         asked = next(iter(self.families))
         candidates = [k for k in fits if self.choose_family or k[0] == asked]
         chosen = fits[max(candidates, key=lambda k: (worth[k], k[1]))]  # ties: the last layer
-        rows = [
-            row
-            for (name, layer), fitted in fits.items()
-            for row in (
-                *_rows("selection", name, layer, fitted(selection.hidden[layer]), selection, 0),
-                *_rows("report", name, layer, fitted(report.hidden[layer]), report, 1000),
-            )
-        ]
+        best = {name: max(layers, key=lambda n: (worth[name, n], n)) for name in self.families}
+        rows = []
+        for (name, layer), fitted in fits.items():
+            shown = name == chosen.family or layer == best[name]  # with an interval
+            for split, states, resamples in (
+                ("train", train, 0),
+                ("selection", selection, 0),
+                ("report", report, RESAMPLES if shown else 0),
+            ):
+                logits = fitted(states.hidden[layer])
+                rows += _rows(split, name, layer, logits, states, resamples)
         zero_shot = None
         if report.lm is not None:
-            found = _rows("report", "LM zero-shot", None, report.lm, report, 1000)
+            found = _rows("report", "LM zero-shot", None, report.lm, report, RESAMPLES)
             zero_shot = next(row for row in found if row["ensembling"] == "partial")
         normalisers = {layer: fits[chosen.family, layer].normaliser for layer in layers}
         return chosen, {

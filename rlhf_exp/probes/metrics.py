@@ -252,7 +252,7 @@ def _sigmoid(x: NDArray) -> NDArray:
 
 
 def _numpy(x: Array) -> NDArray:
-    return torch.as_tensor(x).detach().cpu().double().numpy()
+    return x.detach().cpu().double().numpy() if isinstance(x, Tensor) else np.asarray(x, float)
 
 
 def _checked(scores: Array, labels: Array) -> tuple[NDArray, NDArray]:

@@ -6,6 +6,13 @@ from typing import Any
 
 from rlhf_exp.evaluation.scoring import read_evaluations
 
+LOOK: dict[Any, Any] = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+}
 GOLD, PROXY, GREY = "#b8860b", "#1f5fa8", "#8a8a8a"
 
 
@@ -16,15 +23,7 @@ def draw(directory: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    plt.rcParams.update(
-        {
-            "font.size": 9,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.grid": True,
-            "grid.alpha": 0.25,
-        }
-    )
+    plt.rcParams.update(LOOK)
     evaluations = read_evaluations(directory)
     metrics = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in metrics if "reward/proxy" in row]

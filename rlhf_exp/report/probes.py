@@ -12,18 +12,11 @@ from typing import Any
 
 from rlhf_exp.artifacts import write_json
 from rlhf_exp.probes.metrics import METRICS
-from rlhf_exp.report.figures import GREY, PROXY
+from rlhf_exp.report.figures import GREY, LOOK, PROXY
 
 ENSEMBLING = "partial"  # the layer is chosen by it, so probes are compared by it
 RANDOM, ZERO_SHOT = "random", "LM zero-shot"
 OTHERS = ("#d55e00", "#009e73", "#a6409d", "#b8860b", "#56b4e9", "#7a4b2a", "#c2185b", "#5b7f00")
-LOOK: dict[Any, Any] = {
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.25,
-}
 Report = dict[str, Any]
 Row = dict[str, Any]
 

@@ -62,23 +62,39 @@ class HasMembers(Protocol):
     def combine(self, members: dict[str, Tensor]) -> Tensor: ...
 
 
+@runtime_checkable
+class HasFacets(Protocol):
+    """A reward that can tell more of a completion than its score, by name [n]."""
+
+    def facets(self, prompts: list[str], completions: list[str]) -> dict[str, Tensor]: ...
+
+
+def facets(reward: Any, prompts: list[str], completions: list[str]) -> dict[str, Tensor]:
+    """What `reward` has to tell beside the score, which may be nothing."""
+    return reward.facets(prompts, completions) if isinstance(reward, HasFacets) else {}
+
+
 @dataclass
 class Scores:
-    """`objective` [n] is what to optimise; `members` the scores [n] it was made from."""
+    """`objective` [n] is what to optimise; `members` the scores [n] it was made from; `facets`
+    what else is worth seeing [n], such as whether a completion is well formed.
+    """
 
     objective: Tensor
     members: dict[str, Tensor]
+    facets: dict[str, Tensor]
 
 
 def score(reward: Any, prompts: list[str], completions: list[str], name: str = "reward") -> Scores:
     """Ask `reward` once; ValueError if the answer is not one finite number per completion."""
+    more = facets(reward, prompts, completions)
     if isinstance(reward, HasMembers):
         members = {
             k: _checked(v, completions, f"{name} {k}")
             for k, v in reward.member_scores(prompts, completions).items()
         }
-        return Scores(reward.combine(members), members)
-    return Scores(_checked(reward(prompts, completions), completions, name), {})
+        return Scores(reward.combine(members), members, more)
+    return Scores(_checked(reward(prompts, completions), completions, name), {}, more)
 
 
 def _checked(scores: Any, completions: list[str], name: str) -> Tensor:

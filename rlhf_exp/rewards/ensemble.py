@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rlhf_exp import losses
-from rlhf_exp.rewards import Fitting, Reward, score
+from rlhf_exp.rewards import Fitting, Reward, facets, score
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +84,13 @@ class Ensemble(Reward):
             name: score(member, prompts, completions, f"reward {name}").objective
             for name, member in self.members.items()
         }
+
+    def facets(self, prompts: list[str], completions: list[str]) -> dict[str, Tensor]:
+        """Those of the members; members that name the same one are of the same kind."""
+        found: dict[str, Tensor] = {}
+        for member in self.members.values():
+            found |= facets(member, prompts, completions)
+        return found
 
     def combine(self, members: dict[str, Tensor]) -> Tensor:
         return losses.combine(

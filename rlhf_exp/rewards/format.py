@@ -50,8 +50,12 @@ class ExactAnswers:
 
     def __call__(self, scores: Tensor, completions: list[str]) -> Tensor:
         """`scores` [n], with `otherwise` for each completion that is no answer."""
+        return torch.where(self.valid(completions).to(scores.device), scores, self.otherwise)
+
+    def valid(self, completions: list[str]) -> Tensor:
+        """Which completions keep their score, bool [n]."""
         assert self.allowed, "fill the rule with the data set's answers first"
-        return _where(scores, [plain(c) in self.allowed for c in completions], self.otherwise)
+        return torch.tensor([plain(c) in self.allowed for c in completions], dtype=torch.bool)
 
 
 @dataclass(kw_only=True)
@@ -76,9 +80,9 @@ class Pattern:
 
     def __call__(self, scores: Tensor, completions: list[str]) -> Tensor:
         """`scores` [n], with `otherwise` for each completion that does not match."""
-        kept = [self.compiled.fullmatch(c) is not None for c in completions]
-        return _where(scores, kept, self.otherwise)
+        return torch.where(self.valid(completions).to(scores.device), scores, self.otherwise)
 
-
-def _where(scores: Tensor, kept: list[bool], otherwise: float) -> Tensor:
-    return torch.where(torch.tensor(kept, device=scores.device), scores, otherwise)
+    def valid(self, completions: list[str]) -> Tensor:
+        """Which completions keep their score, bool [n]."""
+        matched = [self.compiled.fullmatch(c) is not None for c in completions]
+        return torch.tensor(matched, dtype=torch.bool)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_exp.rewards import Fitting, Reward, score
+from rlhf_exp.rewards import Fitting, Reward, facets, score
 
 
 @dataclass(kw_only=True)
@@ -51,6 +51,13 @@ class Mix(Reward):
             name: score(part.reward, prompts, completions, name).objective
             for name, part in self.parts.items()
         }
+
+    def facets(self, prompts: list[str], completions: list[str]) -> dict[str, Tensor]:
+        """Those of the parts."""
+        found: dict[str, Tensor] = {}
+        for part in self.parts.values():
+            found |= facets(part.reward, prompts, completions)
+        return found
 
     def combine(self, members: dict[str, Tensor]) -> Tensor:
         return torch.stack(

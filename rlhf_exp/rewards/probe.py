@@ -327,6 +327,11 @@ class Probe(Reward):
     def load(self, device: str | torch.device) -> None:
         if self.folder is None:
             raise ValueError("this probe has not been fitted: run the stage reward first")
+        if self.binarize:
+            raise ValueError(
+                "reward.binarize=true compares the right answer with a wrong one, and of a "
+                "completion neither is known: score with templates of two answers"
+            )
         record = self._record()
         if record["model"] is None:
             raise ValueError(
@@ -356,6 +361,12 @@ class Probe(Reward):
         scores = self._scores(self.probe(hidden[self.probe.layer]))
         scores = (scores - self.mean) / self.std - self.baseline
         return scores if self.format_rule is None else self.format_rule(scores, completions)
+
+    def facets(self, prompts: list[str], completions: list[str]) -> dict[str, Tensor]:
+        """`valid`: 1 for the completions that the format rule lets keep their score."""
+        if self.format_rule is None:
+            return {}
+        return {"valid": self.format_rule.valid(completions).float()}
 
     def _scores(self, logits: Tensor) -> Tensor:
         """[n, v, 2] -> [n]: templates averaged, then wrong from right."""
