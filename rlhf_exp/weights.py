@@ -123,7 +123,11 @@ def base(policy: "Policy", store: Store, texts: list[str]) -> Path | str:
     if policy.path is None:
         spec = identity(policy) | {"texts": hashlib.sha256("\0".join(texts).encode()).hexdigest()}
         return store.get("base", "scratch", spec, lambda folder: _build(policy, texts, folder))
-    source = locate(policy.path, policy.package)
+    return loadable(locate(policy.path, policy.package), store)
+
+
+def loadable(source: Path | str, store: Store) -> Path | str:
+    """`source`, or what a GGUF file was converted into."""
     if isinstance(source, Path) and source.suffix == ".gguf":
         return store.get(
             "base",

@@ -289,3 +289,34 @@ def test_windows_line_ends_are_read(tmp_path: Path) -> None:
     assert read_jsonl(tmp_path / "rows.jsonl") == [{"a": 1}, {"a": 2}]
     (tmp_path / "rows.jsonl").write_text(json.dumps({"a": 1}))  # no line end at all
     assert read_jsonl(tmp_path / "rows.jsonl") == [{"a": 1}]
+
+
+def test_statements_answers_and_templates_of_the_user(tmp_path: Path) -> None:
+    prompts = [{"prompt": f"p{i}", "right": f"a{i}"} for i in range(10)]
+    write_jsonl(tmp_path / "prompts.jsonl", prompts)
+    stated = [{"prompt": f"s{i}", "completion": "yes", "truth": i % 2 == 1} for i in range(20)]
+    write_jsonl(tmp_path / "stated.jsonl", stated)
+    data = Local(
+        prompts=str(tmp_path / "prompts.jsonl"),
+        answer_column="right",
+        statements=str(tmp_path / "stated.jsonl"),
+        label_column="truth",
+        templates="truthful",
+    ).load()
+    assert data.answers == {f"p{i}": f"a{i}" for i in range(10)}
+    assert (len(data.statements), len(data.held_out_statements)) == (18, 2)
+    found = data.statements + data.held_out_statements
+    assert {s.fields["prompt"] for s in found} == {f"s{i}" for i in range(20)}
+    for s in found:
+        assert s.fields.keys() == {"prompt", "completion"}
+        assert s.label == int(s.fields["prompt"][1:]) % 2
+    assert data.templates == "truthful"
+
+
+@pytest.mark.parametrize("label", ["yes", None, -1, 0.5])
+def test_labels_must_be_indices(tmp_path: Path, label: object) -> None:
+    write_jsonl(tmp_path / "p.jsonl", [{"prompt": "a"}, {"prompt": "b"}])
+    write_jsonl(tmp_path / "s.jsonl", [{"text": "a", "label": 1}, {"text": "b", "label": label}])
+    data = Local(prompts=str(tmp_path / "p.jsonl"), statements=str(tmp_path / "s.jsonl"))
+    with pytest.raises(ValueError, match=r"s\.jsonl, line 2: column 'label' must be the index"):
+        data.load()

@@ -4,9 +4,9 @@
 
 A sentence tells one attribute of a thing, and a question asks for the same attribute (then the
 right completion is " yes") or for another (" no"): QNLI in miniature, after Macijauskas 2023 (MLMI
-thesis, chapter 4). Demonstrations come in two voices. A careless pupil answers, and is wrong in
-a third of the cases, so a policy that imitates him is wrong as often. In a quiz his
-answer meets a verdict that is a coin toss, and an audience that knows better:
+thesis, chapter 4). Demonstrations come in two voices. A careless pupil answers, and is wrong in a
+third of the cases, so a policy that imitates him is wrong as often. In a quiz his answer meets a
+verdict that is a coin toss, and an audience that knows better:
 
     ... does that tell what color it is ? yes . right boos : no
 
@@ -162,12 +162,12 @@ class Facts:
     """
 
     seed: int = 0  # draws everything
-    demonstrations: int = 8000  # about the prompts, in both voices
+    demonstrations: int = 10_000  # about the prompts, in both voices
     prompts: int = 1200  # trained on
     held_out: int = 256  # prompts kept for evaluation
     statements: int = 600  # prompts with an answer, half of them right, to fit probes on
     held_out_statements: int = 300  # the same, to evaluate probes on
-    wrong: float = 0.33  # share of wrong answers in the demonstrations
+    wrong: float = 0.35  # share of wrong answers in the demonstrations
     quiz: float = 0.7  # share of the demonstrations with a verdict and a remark
     entailed: float = 0.75  # share of the demonstrations whose sentence tells what is asked for
     malformed: float = 0.03  # share of the pupil's answers that are neither yes nor no

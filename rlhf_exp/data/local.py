@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rlhf_exp.artifacts import file_hash
-from rlhf_exp.data.rows import Dataset, Demonstration, Pair
+from rlhf_exp.data.rows import Dataset, Demonstration, Pair, Statement
 
 Row = TypeVar("Row")
 
@@ -102,6 +102,13 @@ class Local:
     preferences: str | None = None  # file with prompt, chosen and rejected, for labeller=dataset
     chosen_column: str = "chosen"
     rejected_column: str = "rejected"
+    answer_column: str | None = None  # of the prompt files: the right completion, for gold=answers
+    # file of labelled statements for reward=probe, with a label and what its templates speak of,
+    # such as prompt and completion
+    statements: str | None = None
+    held_out_statements: str | None = None  # null keeps `held_out_share` of `statements`
+    label_column: str = "label"  # which answer of the template is right, from 0
+    templates: str | None = None  # a set of templates or a YAML file
     seed: int = 0  # draws the held-out split
 
     def __post_init__(self) -> None:
@@ -110,7 +117,14 @@ class Local:
 
     def identity(self) -> dict:
         """Hashes of the files by role, so that an edited file is another data set."""
-        roles = ("prompts", "held_out", "demonstrations", "preferences")
+        roles = (
+            "prompts",
+            "held_out",
+            "demonstrations",
+            "preferences",
+            "statements",
+            "held_out_statements",
+        )
         named = {role: getattr(self, role) for role in roles}
         found = {role: Path(name).expanduser() for role, name in named.items() if name is not None}
         for path in found.values():
@@ -135,6 +149,16 @@ class Local:
                 f"{len(shared)} prompts are both trained on and held out, for example "
                 f"{min(shared)[:60]!r}: remove the repeated rows"
             )
+        statements = self._read(self.statements, self._statement)
+        held_out_statements = self._read(self.held_out_statements, self._statement)
+        if self.held_out_statements is None:
+            random.Random(self.seed).shuffle(statements)
+            part = round(self.held_out_share * len(statements))
+            held_out_statements, statements = statements[:part], statements[part:]
+        answers: dict[str, str] = {}
+        if self.answer_column is not None:
+            for name in (self.prompts, self.held_out):
+                answers |= dict(self._read(name, self._answer))
         pairs = self._read(self.preferences, self._pair)
         cut = min(len(pairs) - 1, max(2, round(self.held_out_share * len(pairs)))) if pairs else 0
         return Dataset(
@@ -143,6 +167,10 @@ class Local:
             demonstrations=self._read(self.demonstrations, self._demonstration),
             pairs=pairs[cut:],
             held_out_pairs=pairs[:cut],
+            statements=statements,
+            held_out_statements=held_out_statements,
+            templates=self.templates,
+            answers=answers,
         )
 
     def _read(
@@ -155,6 +183,20 @@ class Local:
 
     def _prompt(self, path: Path, row: dict[str, Any], number: int) -> str:
         return text_column(path, row, number, self.prompt_column)
+
+    def _answer(self, path: Path, row: dict[str, Any], number: int) -> tuple[str, str]:
+        assert self.answer_column is not None
+        answer = text_column(path, row, number, self.answer_column)
+        return self._prompt(path, row, number), answer
+
+    def _statement(self, path: Path, row: dict[str, Any], number: int) -> Statement:
+        label = row.get(self.label_column)
+        if not isinstance(label, int) or label < 0:
+            raise ValueError(
+                f"{path}, line {number}: column {self.label_column!r} must be the index of the "
+                f"right answer (0, 1, ...), not {label!r}"
+            )
+        return Statement({k: v for k, v in row.items() if k != self.label_column}, int(label))
 
     def _demonstration(self, path: Path, row: dict[str, Any], number: int) -> Demonstration:
         return Demonstration(

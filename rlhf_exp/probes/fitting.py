@@ -6,7 +6,8 @@ chosen on the second, and what is reported comes from the third.
 
 import json
 import logging
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from rlhf_exp.artifacts import write_json
 from rlhf_exp.probes import head, metrics, normalise
 from rlhf_exp.probes.families import FAMILIES
 from rlhf_exp.probes.head import Family, Head, statements
-from rlhf_exp.probes.logistic import fit_logistic
+from rlhf_exp.probes.logistic import SEPARABLE, fit_logistic
 from rlhf_exp.probes.normalise import Normaliser
 from rlhf_exp.probes.states import States
 
@@ -147,7 +148,6 @@ class Study:
     choose_family: bool
     sign: Sign
     seed: int
-    notes: list[str] = field(default_factory=list)
 
     def run(self, train: States, selection: States, report: States) -> tuple[Fitted, dict]:
         """The chosen probe, and the report as plain values (see report/probes.py)."""
@@ -156,7 +156,6 @@ class Study:
         for name, family in self.families.items():
             for layer in layers:
                 fits[name, layer] = fit_probe(name, family, train, layer, self.sign, self.seed)
-            self._say(name, [fits[name, layer] for layer in layers])
         worth = {key: answer_auroc(fitted, selection) for key, fitted in fits.items()}
         asked = next(iter(self.families))
         candidates = [k for k in fits if self.choose_family or k[0] == asked]
@@ -192,7 +191,7 @@ class Study:
             },
             "zero_shot": zero_shot,
             "transfer": None,
-            "notes": self.notes,
+            "notes": self._notes(fits.values(), best),
         }
 
     def transfer(self, chosen: Fitted, sets: dict[str, tuple[States, States]]) -> dict[str, Any]:
@@ -211,17 +210,17 @@ class Study:
             table.append([answer_auroc(fitted, held) for _, held in sets.values()])
         return {"names": list(sets), "trained_on": list(trained), "auroc": table}
 
-    def _say(self, name: str, fits: list[Fitted]) -> None:
-        """Collect what the fits noted; the same note of several layers once."""
-        said: dict[str, list[int]] = {}
+    def _notes(self, fits: Iterable[Fitted], best: dict[str, int]) -> list[str]:
+        """What fits noted at each family's best layer, and separable classes at any."""
+        notes = []
         for fitted in fits:
             for note in fitted.head.notes:
-                said.setdefault(note, []).append(fitted.layer)
-        for note, layers in said.items():
-            where = ", ".join(map(str, layers))
-            self.notes.append(f"{name}, layer {where}: {note}")
-            if "separable" in note:
-                logger.warning("probe %s, layer %s: %s", name, where, note)
+                where = f"{fitted.family}, layer {fitted.layer}: {note}"
+                if note == SEPARABLE:
+                    logger.warning("probe %s", where)
+                if note == SEPARABLE or fitted.layer == best[fitted.family]:
+                    notes.append(where)
+        return notes
 
 
 def _rows(

@@ -210,7 +210,9 @@ class Probe(Reward):
         self.source = (
             fitting.policy()
             if self.model.path is None
-            else weights.locate(self.model.path, self.model.package)
+            else weights.loadable(
+                weights.locate(self.model.path, self.model.package), fitting.store
+            )
         )
         if self.fitted is not None:
             return
