@@ -298,3 +298,12 @@ def test_files_that_hold_no_templates(tmp_path: Path, text: str, message: str) -
 def test_unknown_set_names_the_nearest() -> None:
     with pytest.raises(FileNotFoundError, match="statement, truthful; did you mean truthful"):
         read_templates("thruthful")
+
+
+@pytest.mark.parametrize("said", ["a ||| b", "\0", "{{ text }}", "{% endfor %}", "\ue000", ""])
+def test_whatever_a_policy_says_is_text(said: str) -> None:
+    """Completions come from a model: they may hold the bar, control characters or Jinja."""
+    template = Template(name="t", question="{{ text }} right ?", answers=("no", "yes"))
+    question, no, yes = Contrast(template, {"prompt": "p", "completion": said}).texts()
+    assert question == f"{'p ' + said if said else 'p'} right ?"
+    assert (no, yes) == ("no", "yes")

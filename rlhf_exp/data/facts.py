@@ -4,9 +4,9 @@
 
 A sentence tells one attribute of a thing, and a question asks for the same attribute (then the
 right completion is " yes") or for another (" no"): QNLI in miniature, after Macijauskas 2023 (MLMI
-thesis, chapter 4). Demonstrations come in two voices. A careless pupil answers, and is wrong in a
-third of the cases, so a policy that imitates him is wrong as often. In a quiz his answer meets a
-verdict that is a coin toss, and an audience that knows better:
+thesis, chapter 4). Demonstrations come in two voices. A careless pupil answers, and is wrong in
+about a third of the cases, so a policy that imitates him is wrong as often. In a quiz his answer
+meets a verdict that is a coin toss, and an audience that knows better:
 
     ... does that tell what color it is ? yes . right boos : no
 
@@ -15,9 +15,10 @@ model can tell the remark from the verdict only if its states hold whether the v
 They know what the policy does not say, and the template `facts` asks for just these states.
 
 The remark is an exclusive or of three things (entailed or not, the answer, the verdict), and from
-balanced examples a small model learns none. Hence the bias: most demonstrations are about
-sentences that do tell what is asked for, and most answers are right, so that each of the three
-helps a little before all do. Prompts and statements are balanced.
+balanced examples a small model learns none. Hence two biases of the demonstrations: most answers
+are right, so that the verdict alone says something about the remark, and most sentences tell what
+is asked for, so that verdict and answer together say more. Without the first nothing is learned,
+without the second the same but later. Prompts and statements are balanced.
 
 Left out: sentences about another thing than the question's, and sentences of several facts.
 """
@@ -29,67 +30,13 @@ from rlhf_exp.choices import require
 from rlhf_exp.data.rows import Dataset, Demonstration, Statement
 
 THINGS = [
-    "cup",
-    "key",
-    "hat",
-    "book",
-    "lamp",
-    "chair",
-    "box",
-    "bag",
-    "ball",
-    "clock",
-    "coat",
-    "drum",
-    "flag",
-    "kite",
-    "mask",
-    "rope",
-    "sock",
-    "vase",
-    "bell",
-    "boat",
-    "ring",
-    "fork",
-    "knife",
-    "plate",
-    "shoe",
-    "glove",
-    "candle",
-    "ladder",
-    "mirror",
-    "basket",
-    "pillow",
-    "blanket",
-    "bottle",
-    "hammer",
-    "saddle",
-    "trumpet",
-    "umbrella",
-    "wagon",
-    "whistle",
-    "scarf",
-    "helmet",
-    "bucket",
-    "carpet",
-    "violin",
-    "pencil",
-    "jacket",
-    "ribbon",
-    "teapot",
-    "button",
-    "spoon",
-    "desk",
-    "sofa",
-    "coin",
-    "vest",
-    "cage",
-    "wheel",
-    "flute",
-    "broom",
-    "sword",
-    "crown",
-]
+    "cup", "key", "hat", "book", "lamp", "chair", "box", "bag", "ball", "clock", "coat", "drum",
+    "flag", "kite", "mask", "rope", "sock", "vase", "bell", "boat", "ring", "fork", "knife",
+    "plate", "shoe", "glove", "candle", "ladder", "mirror", "basket", "pillow", "blanket",
+    "bottle", "hammer", "saddle", "trumpet", "umbrella", "wagon", "whistle", "scarf", "helmet",
+    "bucket", "carpet", "violin", "pencil", "jacket", "ribbon", "teapot", "button", "spoon",
+    "desk", "sofa", "coin", "vest", "cage", "wheel", "flute", "broom", "sword", "crown",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -102,38 +49,20 @@ class Kind:
 
 
 KINDS = {
-    "color": Kind(
-        "is {}",
-        "what color it is",
-        ["red", "blue", "green", "yellow", "black", "white", "brown", "pink", "gray", "purple"],
-    ),
-    "place": Kind(
-        "is in the {}",
-        "where it is",
-        [
-            "kitchen",
-            "garden",
-            "cellar",
-            "attic",
-            "barn",
-            "office",
-            "library",
-            "harbor",
-            "hall",
-            "stable",
-        ],
-    ),
-    "owner": Kind(
-        "belongs to {}",
-        "who owns it",
-        ["anna", "ben", "carl", "dora", "emil", "fay", "gus", "hilda", "ivan", "jane"],
-    ),
-    "material": Kind(
-        "is made of {}",
-        "what it is made of",
-        ["wood", "glass", "iron", "wool", "clay", "paper", "silver", "leather", "stone", "rubber"],
-    ),
-}
+    "color": Kind("is {}", "what color it is", [
+        "red", "blue", "green", "yellow", "black", "white", "brown", "pink", "gray", "purple",
+    ]),
+    "place": Kind("is in the {}", "where it is", [
+        "kitchen", "garden", "cellar", "attic", "barn", "office", "library", "harbor", "hall",
+        "stable",
+    ]),
+    "owner": Kind("belongs to {}", "who owns it", [
+        "anna", "ben", "carl", "dora", "emil", "fay", "gus", "hilda", "ivan", "jane",
+    ]),
+    "material": Kind("is made of {}", "what it is made of", [
+        "wood", "glass", "iron", "wool", "clay", "paper", "silver", "leather", "stone", "rubber",
+    ]),
+}  # fmt: skip
 YES, NO = " yes", " no"
 MALFORMED = [" maybe", " who knows", " yes no"]
 

@@ -15,7 +15,8 @@ import jinja2
 from jinja2.sandbox import SandboxedEnvironment
 
 BAR = "|||"
-_MARK = "\0"  # stands for BAR while rendering, because fields may hold BAR
+# Stands for BAR while rendering, because fields may hold BAR, or any other short text.
+_MARK = "\0b3f1c66e-question-bar-answer\0"
 _KEY = "_key"  # what `choice` draws by
 
 
