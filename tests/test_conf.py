@@ -363,7 +363,7 @@ print(json.dumps(sorted(heavy & set(sys.modules))), file=sys.stderr)
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--help"], "reward: ensemble"),
+        (["--help"], "algo: ppo, sft"),
         (["--cfg", "job"], "_target_: rlhf_exp.algorithms.ppo.PPO"),
         (["--cfg", "job", "reward=pairwise", "seed=3"], "seed: 3"),
     ],

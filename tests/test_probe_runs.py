@@ -22,7 +22,12 @@ def test_latent_knowledge_raises_accuracy_over_three_seeds(tmp_path: Path, store
     """A policy that imitates a careless pupil learns from what its own states know."""
     for seed in range(3):
         run = tmp_path / str(seed)
-        settings = (f"seed={seed}", f"artifacts={store}", "algo.steps=30", "reward.compare=[random]")
+        settings = (
+            f"seed={seed}",
+            f"artifacts={store}",
+            "algo.steps=30",
+            "reward.compare=[random]",
+        )
         assert inside(run, *FACTS, *settings) == 0
         summary = json.loads((run / "summary.json").read_text())
         assert 0.5 < summary["gold"]["before"]["mean"] < 0.75

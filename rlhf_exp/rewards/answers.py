@@ -25,8 +25,8 @@ class Answers(Reward):
         self.right = {p: plain(answer) for p, answer in fitting.data().answers.items()}
         if not self.right:
             raise ValueError(
-                "reward=answers needs a data set that knows the right answers: use data=qnli or "
-                "another reward"
+                "reward=answers needs a data set that knows the right answers: use data=facts, "
+                "data=qnli or another reward"
             )
 
     def __call__(self, prompts: list[str], completions: list[str]) -> Tensor:
