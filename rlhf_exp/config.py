@@ -144,17 +144,19 @@ def _keys_beside(key: str, arguments: list[str]) -> list[str]:
     from hydra.core.global_hydra import GlobalHydra
 
     groups = {p.name for p in conf_directory().iterdir() if p.is_dir()}
-    chosen = [a.split(",")[0] for a in arguments if a.split("=")[0].split("@")[0] in groups]
+    chosen = [
+        a.split(",")[0]
+        for a in arguments
+        if a.split("=")[0].split("@")[0].split("/")[0] in groups and "." not in a.split("=")[0]
+    ]
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(conf_directory()), version_base="1.3"):
         node: Any = compose("config", overrides=chosen)
     parent = key.rpartition(".")[0]
-    node = OmegaConf.select(node, parent) if parent else node
-    return (
-        [f"{parent}.{k}" if parent else str(k) for k in node]
-        if isinstance(node, DictConfig)
-        else []
-    )
+    while parent and not isinstance(OmegaConf.select(node, parent), DictConfig):
+        parent = parent.rpartition(".")[0]
+    beside = OmegaConf.select(node, parent) if parent else node
+    return [f"{parent}.{k}" if parent else str(k) for k in beside if k != "_target_"]
 
 
 def resolved(config: DictConfig) -> dict[str, Any]:

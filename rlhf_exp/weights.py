@@ -7,6 +7,7 @@ transformers is imported inside the functions, because it costs seconds.
 import hashlib
 import json
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,6 +73,11 @@ def _reachable(hub_id: str) -> str:
 
 def identity(policy: "Policy") -> dict:
     """What decides the weights `base` returns: config fields, and the state of local files."""
+    if policy.quantization is not None and find_spec("bitsandbytes") is None:
+        raise ValueError(
+            f"policy.quantization={policy.quantization} needs bitsandbytes: pip install "
+            "'rlhf_exp[quantization]'"
+        )
     adapter = None if policy.adapter is None else file_states(Path(policy.adapter))
     spec: dict[str, Any] = {"dtype": policy.dtype, "adapter": adapter}
     if policy.path is None:
@@ -230,15 +236,8 @@ def load_causal_lm(
 
 
 def _quantized(quantization: str, dtype: str, device: str | torch.device) -> dict[str, Any]:
-    from importlib.util import find_spec
-
     from transformers import BitsAndBytesConfig
 
-    if find_spec("bitsandbytes") is None:
-        raise ValueError(
-            f"policy.quantization={quantization} needs bitsandbytes: pip install "
-            "'rlhf_exp[quantization]'"
-        )
     config = (
         BitsAndBytesConfig(load_in_8bit=True)
         if quantization == "int8"

@@ -397,3 +397,26 @@ def test_help_lists_every_group_and_option(tmp_path: Path) -> None:
     for group, options in (OPTIONS | {"experiment": PRESETS}).items():
         assert f"{group}: {', '.join(options)}" in lines
     assert "Examples:" in lines
+
+
+def test_a_data_set_for_transfer_leaves_the_gold_alone() -> None:
+    chosen = ["data=facts", "reward=probe", "+data@reward.transfer.other=reviews"]
+    config = compose("config", overrides=chosen)
+    assert config.gold._target_ == "rlhf_exp.rewards.answers.Answers"
+    assert config.reward.transfer.other._target_ == "rlhf_exp.data.reviews.Reviews"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "suggestion"),
+    [
+        (
+            ["reward=probe", "reward/family=ccs", "reward.family.restart=3"],
+            "reward.family.restarts",
+        ),
+        (["reward=probe", "reward.modle.path=x"], "reward.model"),
+    ],
+)
+def test_suggestions_below_a_picked_option(arguments: list[str], suggestion: str) -> None:
+    with pytest.raises(HydraException) as caught:
+        compose("config", overrides=arguments)
+    assert f"did you mean {suggestion}?" in explain(cast(Exception, caught.value), arguments)

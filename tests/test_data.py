@@ -313,6 +313,35 @@ def test_statements_answers_and_templates_of_the_user(tmp_path: Path) -> None:
     assert data.templates == "truthful"
 
 
+def test_statements_of_one_prompt_stay_on_one_side(tmp_path: Path) -> None:
+    prompts, stated = tmp_path / "p.jsonl", tmp_path / "s.jsonl"
+    write_jsonl(prompts, [{"prompt": f"q{i}"} for i in range(4)])
+    rows = [{"prompt": f"p{i // 2}", "completion": str(i), "label": i % 2} for i in range(40)]
+    write_jsonl(stated, rows)
+    data = Local(prompts=str(prompts), statements=str(stated)).load()
+    fitted, held = (
+        {s.fields["prompt"] for s in part} for part in (data.statements, data.held_out_statements)
+    )
+    assert (len(fitted), len(held), fitted & held) == (18, 2, set())
+    both = Local(prompts=str(prompts), statements=str(stated), held_out_statements=str(stated))
+    with pytest.raises(ValueError, match="20 prompts have statements both to fit on and held out"):
+        both.load()
+    few = tmp_path / "few.jsonl"
+    write_jsonl(few, rows[:6])
+    assert Local(prompts=str(prompts), statements=str(few)).load().held_out_statements
+
+
+@pytest.mark.parametrize("value", [None, 2, ["a"]])
+@pytest.mark.parametrize("column", ["prompt", "completion"])
+def test_what_is_stated_must_be_text(tmp_path: Path, column: str, value: object) -> None:
+    write_jsonl(tmp_path / "p.jsonl", [{"prompt": "a"}, {"prompt": "b"}])
+    row = {"prompt": "a", "completion": "b", "label": 1}
+    write_jsonl(tmp_path / "s.jsonl", [row, row | {column: value}])
+    data = Local(prompts=str(tmp_path / "p.jsonl"), statements=str(tmp_path / "s.jsonl"))
+    with pytest.raises(ValueError, match=rf"s\.jsonl, line 2: column '{column}' must be text"):
+        data.load()
+
+
 @pytest.mark.parametrize("label", ["yes", None, -1, 0.5])
 def test_labels_must_be_indices(tmp_path: Path, label: object) -> None:
     write_jsonl(tmp_path / "p.jsonl", [{"prompt": "a"}, {"prompt": "b"}])

@@ -5,7 +5,7 @@ import json
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -15,8 +15,9 @@ from torch import Tensor
 from rlhf_exp.artifacts import Store
 from rlhf_exp.data.rows import Dataset, Statement
 from rlhf_exp.probes.families import FAMILIES
-from rlhf_exp.probes.states import Reader
-from rlhf_exp.probes.templates import Contrast
+from rlhf_exp.probes.head import Head, linear
+from rlhf_exp.probes.states import Reader, States
+from rlhf_exp.probes.templates import Contrast, read_templates
 from rlhf_exp.rewards import Fitting, score
 from rlhf_exp.rewards.ensemble import Ensemble
 from rlhf_exp.rewards.format import ExactAnswers, Pattern
@@ -120,6 +121,18 @@ def fitted(tmp_path: Path, words: str, **settings: Any) -> Probe:
     return reward
 
 
+@dataclass(kw_only=True)
+class Nothing:
+    """A family that finds nothing at all."""
+
+    normalise: str = "none"
+    supervised: ClassVar[bool] = True
+    log_odds: ClassVar[bool] = True
+
+    def fit(self, x: Tensor, labels: Tensor, seed: int) -> Head:
+        return linear(x.new_zeros(x.shape[-1]))
+
+
 SAID = ["film 3 :"] * 4, [" good", " bad", " good.", " great"]
 
 
@@ -191,6 +204,7 @@ def test_malformed_completions_get_the_rules_score(tmp_path: Path, words: str) -
 def test_standardised_scores(tmp_path: Path, words: str) -> None:
     plain = fitted(tmp_path, words)
     record = json.loads((plain.folder / "reward.json").read_text())  # type: ignore[operator]
+    assert record["lowest"] <= record["mean"]
     reward = fitted(tmp_path, words, standardise=True)
     assert reward.folder == plain.folder, "standardising is no other fit"
     expected = (plain(*SAID) - record["mean"]) / record["std"]
@@ -447,8 +461,120 @@ def test_one_class_only(tmp_path: Path, words: str) -> None:
         ({"compare": ["cc"]}, r"reward.compare=cc is not known.*did you mean ccs\?"),
         ({"selection_share": 1.0}, "reward.selection_share=1.0 must be between 0 and 1"),
         ({"fitted": "a", "hidden_states": "b"}, "exclude each other"),
+        ({"sign_labels": 0}, "reward.sign_labels=0 must be at least 1"),
+        ({"shots": -1}, "reward.shots=-1 must be at least 0"),
+        ({"examples": 0}, "reward.examples=0 must be at least 4"),
     ],
 )
 def test_settings_are_checked(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         probe(**settings)
+
+
+def test_examples_of_one_prompt_stay_together(tmp_path: Path, words: str) -> None:
+    data = dataset(words)
+    twice = [
+        replace(s, fields=s.fields | {"prompt": f"film {i // 2} :"})
+        for i, s in enumerate(data.statements)
+    ]
+    reward = probe()
+    hands = handed(tmp_path, replace(data, statements=twice))
+    reward.fit(hands)
+    (folder, _) = reward._read(reward.data, hands)
+    given = States.load(folder)
+    groups = torch.tensor(given.about["groups"])
+    assert len(groups.unique()) == 60
+    order = States({0: groups[:, None, None, None].float()}, given.labels, None, given.about)
+    train, selection = (set(x.hidden[0].flatten().tolist()) for x in reward._split(order))
+    assert not train & selection
+    assert len(selection) == 12
+
+
+def test_transfer_needs_as_many_templates(tmp_path: Path, words: str) -> None:
+    other = tmp_path / "other.yaml"
+    other.write_text(WORDS.split("  - name: two")[0])
+    reward = probe(transfer={"short": Elsewhere(words=str(other))})
+    with pytest.raises(ValueError, match=r"number of templates \(this 2, short 1\): give"):
+        reward.check(handed(tmp_path, dataset(words)))
+    with pytest.raises(ValueError, match=r"reward.transfer.pooled: the report uses this name"):
+        probe(transfer={"pooled": Elsewhere(words=words)})
+
+
+@pytest.mark.parametrize(("key", "value"), [("score", "logit"), ("shots", 2)])
+def test_a_fitted_probe_keeps_its_settings(tmp_path: Path, words: str, key: str, value) -> None:
+    first = fitted(tmp_path, words)
+    reward = probe(fitted=str(first.folder), **{key: value})
+    with pytest.raises(ValueError, match=rf"was fitted with reward.{key}=.*, not {value}: set"):
+        reward.check(handed(tmp_path, dataset(words)))
+
+
+def test_a_folder_that_holds_no_probe(tmp_path: Path, words: str) -> None:
+    with pytest.raises(FileNotFoundError, match=r"reward.fitted=.* is not a fitted probe: give"):
+        probe(fitted=str(tmp_path)).check(handed(tmp_path, dataset(words)))
+
+
+@pytest.mark.parametrize(
+    ("settings", "warns"),
+    [({}, False), ({"score": "logit"}, True), ({"standardise": True, "baseline": 2.0}, True)],
+)
+def test_malformed_completions_must_not_pay(
+    tmp_path: Path, words: str, caplog, monkeypatch, settings: dict[str, Any], warns: bool
+) -> None:
+    """The rule's -1 lies below a probability, and not below every logit."""
+    monkeypatch.setattr(logging.getLogger("rlhf_exp"), "propagate", True)
+    fitted(tmp_path, words, format_rule=ExactAnswers(), **settings)
+    assert ("malformed ones can pay: lower reward.format_rule.otherwise" in caplog.text) == warns
+
+
+def test_a_report_alone_needs_no_answers(tmp_path: Path, words: str) -> None:
+    hands = handed(tmp_path, replace(dataset(words), answers={}))
+    hands.scoring = False
+    reward = probe(format_rule=ExactAnswers())
+    reward.check(hands)
+    reward.fit(hands)
+    assert reward.folder is not None
+
+
+@pytest.mark.parametrize(
+    ("policy", "model", "message"),
+    [
+        (
+            {"adapter": "a", "sft": False},
+            Believer(),
+            r"reads the start policy, and policy.adapter .* give reward.model.path",
+        ),
+        (
+            {"lora": {"r": 2}, "quantization": "int8", "sft": False},
+            Believer(share=True),
+            r"share=true reads quantized weights",
+        ),
+    ],
+)
+def test_policies_whose_weights_are_made_in_memory(
+    tmp_path: Path, words: str, policy: dict[str, Any], model: Believer, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        probe(model=model).check(handed(tmp_path, dataset(words), **policy))
+
+
+def test_a_probe_that_says_one_thing_cannot_be_standardised(tmp_path: Path, words: str) -> None:
+    settings: dict[str, Any] = {"layer": 0, "family": Nothing()}
+    assert fitted(tmp_path, words, **settings)(*SAID).tolist() == [0.5] * 4
+    with pytest.raises(ValueError, match="one score, which cannot be standardised"):
+        fitted(tmp_path, words, standardise=True, **settings)
+
+
+def test_members_read_the_same_states_once(tmp_path: Path, words: str, monkeypatch) -> None:
+    model = Reader()
+    monkeypatch.setattr(model, "_opened", None)
+    calls: list[int] = []
+    monkeypatch.setattr(Reader, "_fitting", lambda self, flat: calls.append(len(flat)) or 1 / 0)
+    row = [[Contrast(t, {"prompt": "a", "completion": "b"}) for t in read_templates(words)]]
+    for layers in ([1], [1], [2]):
+        with pytest.raises(ZeroDivisionError):
+            model.read(row, layers)
+    model._last = (([c.texts() for c in row[0]], [1], False, "last"), ({}, None, 7))
+    assert model.read(row, [1])[2] == 7
+    with pytest.raises(ZeroDivisionError):
+        model.read(row, [2])
+    assert len(calls) == 4

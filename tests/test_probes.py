@@ -167,6 +167,13 @@ def test_columns_that_do_not_vary_become_zero(method: str) -> None:
     assert torch.allclose(clean[..., 5], double(expected))
 
 
+def test_columns_of_rounding_noise_count_as_constant() -> None:
+    x, _ = world()
+    x[..., 5] = 7.0 + 1e-9 * x[..., 5]
+    clean = normalise.fit(x, "mean_var")(x + torch.eye(12)[5].double() * 3e-7)
+    assert float(clean[..., 5].abs().max()) < 1e-5
+
+
 # ---- CCS
 
 
@@ -205,6 +212,14 @@ def test_jensen_shannon_terms_are_in_nats() -> None:
     near(ccs.jensen_shannon(double([0.3]), double([0.7])), 0.0)
     entropy = -0.3 * math.log(0.3) - 0.7 * math.log(0.7)
     near(ccs.jensen_shannon_confidence(double([0.3]), double([0.7])), entropy)
+
+
+@pytest.mark.parametrize("optimizer", ["lbfgs", "adamw"])
+@pytest.mark.parametrize("term", ["js", "js_confidence"])
+def test_entropies_have_a_slope_where_a_sigmoid_saturates(term: str, optimizer: str) -> None:
+    x, labels = world(n=40, d=200)
+    head = CCS(loss=[term], optimizer=optimizer, epochs=50, restarts=3).fit(10 * x, labels, 0)
+    assert head.weights[0].isfinite().all()
 
 
 def test_loss_terms_have_coefficients() -> None:
@@ -388,6 +403,11 @@ def test_cross_validation_takes_the_penalty_that_predicts_best() -> None:
     assert 1e-4 <= float(note.split(",")[0][3:]) <= 10
     with pytest.raises(ValueError, match="needs at least 5 examples, there are 4: lower folds"):
         Logistic(penalty="cv").fit(x[:4], labels[:4], 0)
+
+
+def test_inlp_notes_separable_classes_too() -> None:
+    x, labels = world(n=20, d=40)
+    assert SEPARABLE in INLP(l2=0.0).fit(x, labels, 0).notes
 
 
 def test_nullspace_projection() -> None:

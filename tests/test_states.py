@@ -217,6 +217,38 @@ def test_the_limit_is_the_models_own(models) -> None:
     assert opened(models["decoder"], max_length=10).limit == 10
 
 
+def test_positions_that_start_after_the_pad(models, tmp_path: Path) -> None:
+    """RoBERTa's table has rows that no token reaches."""
+    from transformers import AutoTokenizer, RobertaConfig, RobertaModel
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(models["decoder"])
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = RobertaConfig(
+        vocab_size=len(tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        intermediate_size=16,
+        max_position_embeddings=34,
+        **shape,
+    )
+    RobertaModel(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    reader = opened(tmp_path)
+    assert reader.limit == 34 - tokenizer.pad_token_id - 1
+    long = {"prompt": "the plot was fine . " * 30, "completion": "it was awful"}
+    hidden, _, cut = reader.read([[Contrast(SHORT, long)]], [1])
+    assert cut == 1
+    assert hidden[1].isfinite().all()
+
+
+def test_the_same_model_is_opened_once(models) -> None:
+    reader = opened(models["decoder"])
+    model = reader.model
+    reader.open(models["decoder"], "cpu")
+    assert reader.model is model
+    reader.open(models["llama"], "cpu")
+    assert reader.model is not model
+
+
 # ---- storage
 
 

@@ -3,6 +3,7 @@ user.
 """
 
 import json
+import logging
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ from typing import Any, TypeVar
 
 from rlhf_exp.artifacts import file_hash
 from rlhf_exp.data.rows import Dataset, Demonstration, Pair, Statement
+
+logger = logging.getLogger(__name__)
 
 Row = TypeVar("Row")
 
@@ -88,6 +91,11 @@ def text_column(path: Path, row: dict[str, Any], number: int, column: str) -> st
     return value
 
 
+def _question(statement: Statement) -> str:
+    """What a statement is about: its prompt, or all of its fields."""
+    return str(statement.fields.get("prompt", statement.fields))
+
+
 @dataclass(kw_only=True)
 class Local:
     """Files of the user; only `prompts` must be given."""
@@ -152,9 +160,15 @@ class Local:
         statements = self._read(self.statements, self._statement)
         held_out_statements = self._read(self.held_out_statements, self._statement)
         if self.held_out_statements is None:
-            random.Random(self.seed).shuffle(statements)
-            part = round(self.held_out_share * len(statements))
-            held_out_statements, statements = statements[:part], statements[part:]
+            statements, held_out_statements = self._divided(statements)
+        stated, told = set(map(_question, statements)), set(prompts)
+        if shared := stated & set(map(_question, held_out_statements)):
+            raise ValueError(
+                f"{len(shared)} prompts have statements both to fit on and held out, for example "
+                f"{min(shared)[:60]!r}: remove them from one of the files"
+            )
+        if shared := stated & told:
+            logger.info("%d prompts are trained on and have statements to fit on", len(shared))
         answers: dict[str, str] = {}
         if self.answer_column is not None:
             for name in (self.prompts, self.held_out):
@@ -184,6 +198,14 @@ class Local:
     def _prompt(self, path: Path, row: dict[str, Any], number: int) -> str:
         return text_column(path, row, number, self.prompt_column)
 
+    def _divided(self, statements: list[Statement]) -> tuple[list[Statement], list[Statement]]:
+        """A share held out, by prompt, so that all statements about one prompt stay together."""
+        questions = list(dict.fromkeys(map(_question, statements)))
+        random.Random(self.seed).shuffle(questions)
+        part = set(questions[: max(1, round(self.held_out_share * len(questions)))])
+        held = [s for s in statements if _question(s) in part]
+        return [s for s in statements if _question(s) not in part], held
+
     def _answer(self, path: Path, row: dict[str, Any], number: int) -> tuple[str, str]:
         assert self.answer_column is not None
         answer = text_column(path, row, number, self.answer_column)
@@ -196,6 +218,11 @@ class Local:
                 f"{path}, line {number}: column {self.label_column!r} must be the index of the "
                 f"right answer (0, 1, ...), not {label!r}"
             )
+        for column in ("prompt", "completion"):
+            if column in row and not isinstance(row[column], str):
+                raise ValueError(
+                    f"{path}, line {number}: column {column!r} must be text, not {row[column]!r}"
+                )
         return Statement({k: v for k, v in row.items() if k != self.label_column}, int(label))
 
     def _demonstration(self, path: Path, row: dict[str, Any], number: int) -> Demonstration:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rlhf_exp.choices import pick, require
-from rlhf_exp.probes.head import ACTIVATIONS, Head
+from rlhf_exp.probes.head import ACTIVATIONS, Head, differences
 
 
 def consistency(p_neg: Tensor, p_pos: Tensor) -> Tensor:
@@ -39,6 +39,8 @@ def prompt_variance(p_neg: Tensor, p_pos: Tensor) -> Tensor:
 
 
 def _entropy(p: Tensor) -> Tensor:
+    least = torch.finfo(p.dtype).eps  # at 0 and 1, where a sigmoid rounds to, the slope is infinite
+    p = p.clamp(least, 1 - least)
     return torch.special.entr(p) + torch.special.entr(1 - p)
 
 
@@ -126,7 +128,8 @@ class CCS:
     def fit(self, x: Tensor, labels: Tensor, seed: int) -> Head:
         loss = parse_loss(self.loss)
         generator = torch.Generator().manual_seed(seed)
-        tries = [self._start(x, number, generator) for number in range(self.restarts)]
+        principal = _principal(x) if self.init == "pca" else None
+        tries = [self._start(x, number, generator, principal) for number in range(self.restarts)]
         if self.optimizer == "lbfgs":
             for head in tries:
                 self._lbfgs(head, x, loss)
@@ -148,14 +151,14 @@ class CCS:
         ]
         return found
 
-    def _start(self, x: Tensor, number: int, generator: torch.Generator) -> Head:
+    def _start(
+        self, x: Tensor, number: int, generator: torch.Generator, principal: Tensor | None = None
+    ) -> Head:
         d = x.shape[-1]
         if self.init in ("zero", "pca"):
             weight = x.new_zeros(1, d)
-            if self.init == "pca":  # the i-th try starts from the i-th principal direction
-                apart = (x[:, :, 1] - x[:, :, 0]).flatten(0, 1).double()
-                _, _, rows = torch.linalg.svd(apart - apart.mean(0), full_matrices=False)
-                weight = rows[number % len(rows)][None].to(x.dtype).clone()
+            if principal is not None:  # the i-th try starts from the i-th principal direction
+                weight = principal[number % len(principal)][None].clone()
             return self._head([weight], [x.new_zeros(1)])
         if self.init == "spherical":
             theta = torch.randn(d + 1, generator=generator).to(x)
@@ -198,7 +201,10 @@ class CCS:
             total.backward()
             return total
 
-        optimizer.step(closure)  # type: ignore[arg-type]
+        try:
+            optimizer.step(closure)  # type: ignore[arg-type]
+        except RuntimeError:  # a line search that overflows; the other tries go on
+            head.weights[0].data.fill_(math.nan)
         for parameter in parameters:
             parameter.requires_grad_(False)
 
@@ -236,6 +242,13 @@ class CCS:
             )
             for i in range(len(tries))
         ]
+
+
+def _principal(x: Tensor) -> Tensor:
+    """Principal directions of the differences [d, d], the strongest first."""
+    apart = differences(x).double()
+    apart = apart - apart.mean(0)
+    return torch.linalg.eigh(apart.T @ apart)[1].T.flip(0).to(x.dtype)
 
 
 def _value(head: Head, x: Tensor, loss: Callable[[Tensor, Tensor], Tensor]) -> Tensor:

@@ -152,6 +152,11 @@ class Study:
     def run(self, train: States, selection: States, report: States) -> tuple[Fitted, dict]:
         """The chosen probe, and the report as plain values (see report/probes.py)."""
         layers = list(train.hidden) if self.layer is None else [self.layer]
+        if odd := set(layers) - set(train.hidden):
+            raise ValueError(
+                f"reward.layer={min(odd)} was not read, only {', '.join(map(str, train.hidden))}: "
+                "choose one of them, or give reward.model.layers"
+            )
         fits: dict[tuple[str, int], Fitted] = {}
         for name, family in self.families.items():
             for layer in layers:
@@ -196,13 +201,12 @@ class Study:
 
     def transfer(self, chosen: Fitted, sets: dict[str, tuple[States, States]]) -> dict[str, Any]:
         """AUROC of the chosen family and layer fitted on the training states of each data set (and
-        on all of them pooled, if they have as many templates), on the held-out states of each.
+        on all of them pooled), on the held-out states of each. All have as many templates.
         """
         trained = {title: train for title, (train, _) in sets.items()}
-        if len({x.hidden[chosen.layer].shape[1] for x in trained.values()}) == 1:
-            hidden = torch.cat([x.hidden[chosen.layer] for x in trained.values()])
-            labels = torch.cat([x.labels for x in trained.values()])
-            trained["pooled"] = States({chosen.layer: hidden}, labels)
+        hidden = torch.cat([x.hidden[chosen.layer] for x in trained.values()])
+        labels = torch.cat([x.labels for x in trained.values()])
+        trained["pooled"] = States({chosen.layer: hidden}, labels)
         family = self.families[chosen.family]
         table = []
         for train in trained.values():

@@ -178,4 +178,6 @@ class INLP:
             )
         said = ", ".join(f"{r:.3f}" for r in ratios)
         note = f"cross-entropy over label entropy, a direction erased each time: {said}"
-        return linear(found[self.keep][:-1], float(found[self.keep][-1]), notes=[note])
+        theta = found[self.keep]
+        notes = [note, *_notes(theta, *statements(x, labels), self.l2)]
+        return linear(theta[:-1], float(theta[-1]), notes)

@@ -91,8 +91,9 @@ def fit(x: Tensor, method: str) -> Normaliser:
 
 
 def _nonzero(scale: Tensor) -> Tensor:
-    """Columns that do not vary are centred to 0 and divided by 1."""
-    return torch.where(scale > 0, scale, torch.ones_like(scale))
+    """Columns that do not vary, but for rounding, are centred to 0 and divided by 1."""
+    floor = RANK_TOLERANCE * scale.max()
+    return torch.where(scale > floor, scale, torch.ones_like(scale))
 
 
 def _eraser(rows: Tensor, index: Tensor, *, whiten: bool) -> tuple[Tensor, Tensor]:

@@ -66,7 +66,10 @@ class States:
         """The examples at `index` (int64 [m])."""
         hidden = {layer: x[index] for layer, x in self.hidden.items()}
         lm = None if self.lm is None else self.lm[index]
-        return States(hidden, self.labels[index], lm, self.about)
+        about = dict(self.about)
+        if "groups" in about:
+            about["groups"] = [about["groups"][i] for i in index.tolist()]
+        return States(hidden, self.labels[index], lm, about)
 
 
 @dataclass
@@ -99,22 +102,38 @@ class Reader:
     token_budget: int = 16_384  # padded tokens per forward pass
 
     def __post_init__(self) -> None:
-        require(self.dtype, DTYPES, "model.dtype")
-        require(self.store, DTYPES, "model.store")
-        require(self.states, ("decoder", "encoder"), "model.states")
-        require(self.token, ("last", "penultimate", "first", "mean"), "model.token")
+        require(self.dtype, DTYPES, "reward.model.dtype")
+        require(self.store, DTYPES, "reward.model.store")
+        require(self.states, ("decoder", "encoder"), "reward.model.states")
+        require(self.token, ("last", "penultimate", "first", "mean"), "reward.model.token")
+        if self.package is not None and self.path is None:
+            raise ValueError(
+                f"reward.model.package={self.package} stands in for a path, and there is none: "
+                "give reward.model.path too"
+            )
+        if self.token_budget < 1:
+            raise ValueError(f"reward.model.token_budget={self.token_budget} must be positive")
         if self.share and self.path is not None:
             raise ValueError(
-                f"model.share=true reads the policy's base, so model.path={self.path} has no use: "
-                "set one of them"
+                "reward.model.share=true reads the policy's base, so reward.model.path="
+                f"{self.path} has no use: set one of them"
             )
         if self.layers is not None and not self.layers:
-            raise ValueError("model.layers is empty: name at least one, or null for all")
+            raise ValueError("reward.model.layers is empty: name at least one, or null for all")
+
+        self._opened: tuple[str, str, int] | None = None
+        self._last: tuple[Any, Any] | None = None  # what was read last, and what came of it
 
     # ---- the model
 
     def open(self, source: Path | str, device: str | torch.device, shared: Any = None) -> None:
-        """Load tokenizer and model; `shared` is a live PEFT model over the weights at `source`."""
+        """Load tokenizer and model; `shared` is a live model over the weights at `source`, whose
+        adapters are switched off while it is read. Opening the same again is free.
+        """
+        if self._opened == (str(source), str(device), id(shared)):
+            return
+        self._opened, self._last = (str(source), str(device), id(shared)), None
+        self.model: Any = None  # a model opened before makes room first
         from transformers import AutoConfig, AutoTokenizer
         from transformers import logging as hf_logging
 
@@ -124,7 +143,7 @@ class Reader:
         weights.set_distinct_pad(self.tokenizer)
         config: Any = AutoConfig.from_pretrained(source)
         self.kind = _kind(config)
-        self.shared = shared
+        self.shared = shared if hasattr(shared, "disable_adapter") else None
         if shared is None:
             hf_logging.set_verbosity_error()  # heads that are not read may be missing
             model: Any = _auto_class(self.kind).from_pretrained(
@@ -133,9 +152,10 @@ class Reader:
             weights.fit_pad(model, self.tokenizer)
             self.model = model.to(device).eval().requires_grad_(False)
         else:
-            self.model = shared.get_base_model()
+            self.model = shared.get_base_model() if self.shared is not None else shared
         limits = [self.max_length, self.tokenizer.model_max_length]
         limits.append(getattr(config, "max_position_embeddings", None))
+        limits.append(_positions(self.model))
         self.limit = min((n for n in limits if n is not None), default=10**9)
         self.depth = config.num_hidden_layers
         if self.kind == "encoder-decoder" and self.states == "decoder":
@@ -151,7 +171,7 @@ class Reader:
     # ---- reading
 
     def states_of(self, pairs: list[list[Contrast]], labels: list[int]) -> States:
-        """Everything of interest in labelled contrast pairs."""
+        """Everything of interest in labelled contrast pairs; `groups` numbers their prompts."""
         hidden, lm, cut = self.read(pairs, self.wanted, lm=True)
         if cut:
             logger.warning(
@@ -160,7 +180,10 @@ class Reader:
                 len(pairs) * len(pairs[0]),
                 self.limit,
             )
-        about = {"cut": cut, "weights": weights.fingerprint(self.model)}
+        prompts = [str(row[0].fields.get("prompt", row[0].fields)) for row in pairs]
+        number = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+        groups = [number[prompt] for prompt in prompts]
+        about = {"cut": cut, "weights": weights.fingerprint(self.model), "groups": groups}
         return States(hidden, torch.tensor(labels), lm, about)
 
     @torch.no_grad()
@@ -171,7 +194,11 @@ class Reader:
         under v templates, log-probabilities [n, v, 2] if asked for and there are any, and how many
         passages were cut.
         """
-        encoded, cut = self._fitting([contrast for row in pairs for contrast in row])
+        flat = [contrast for row in pairs for contrast in row]
+        asked = ([contrast.texts() for contrast in flat], layers, lm, self.token)
+        if self._last is not None and self._last[0] == asked:  # another probe on the same states
+            return self._last[1]
+        encoded, cut = self._fitting(flat)
         device = self.model.device
         found: dict[int, list[Tensor]] = {layer: [] for layer in layers}
         scores: list[Tensor] = []
@@ -188,7 +215,10 @@ class Reader:
         back[torch.tensor(order)] = torch.arange(len(order))
         shape = (len(pairs), len(pairs[0]), 2)
         hidden = {layer: torch.cat(x)[back].unflatten(0, shape) for layer, x in found.items()}
-        return hidden, torch.cat(scores)[back].unflatten(0, shape) if scores else None, cut
+        scored = torch.cat(scores)[back].unflatten(0, shape) if scores else None
+        if not lm:  # scoring, not fitting
+            self._last = asked, (hidden, scored, cut)
+        return hidden, scored, cut
 
     def _kept(self, x: Tensor, layer: int) -> Tensor:
         kept = x.to(getattr(torch, self.store)).cpu()
@@ -254,9 +284,11 @@ class Reader:
             sides, texts, found["input_ids"], found["offset_mapping"], strict=True
         ):
             begins = len(text) - len(answer)
-            made = [i for i, (start, end) in enumerate(offsets) if end > max(begins, start)]
-            if self.end_of_text and self.tokenizer.eos_token_id is not None:
-                ids = [*ids, self.tokenizer.eos_token_id]
+            # a first token has no log-probability, so it is not counted as the answer's
+            made = [i for i, (start, end) in enumerate(offsets) if i and end > max(begins, start)]
+            end = self.tokenizer.eos_token_id
+            if self.end_of_text and end is not None and ids[-1] != end:
+                ids = [*ids, end]
             encoded.append(_Encoded(list(ids), made))
         return encoded
 
@@ -309,6 +341,15 @@ class Reader:
         return ids, mask
 
 
+def _positions(model: Any) -> int | None:
+    """How many positions the model's position embeddings hold; RoBERTa's start after the pad."""
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding):
+            first = 0 if module.padding_idx is None else module.padding_idx + 1
+            return module.num_embeddings - first
+    return None
+
+
 def _kind(config: Any) -> str:
     """decoder, encoder or encoder-decoder."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
@@ -330,7 +371,7 @@ def _auto_class(kind: str) -> Any:
 def _at(hidden: Tensor, mask: Tensor, token: str) -> Tensor:
     """The state [b, d] of [b, t, d] at `token`; an only token is its own penultimate."""
     if token == "mean":
-        return (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        return (hidden.float() * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
     length = mask.sum(1)
     place = {"first": length * 0, "last": length - 1, "penultimate": (length - 2).clamp(min=0)}
     return hidden[torch.arange(len(mask), device=mask.device), place[token]]

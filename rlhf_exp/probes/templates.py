@@ -150,7 +150,8 @@ def contrasts(
         pool.setdefault(shot.label, []).append(shot)
     pairs, right = [], []
     for statement in statements:
-        rng = random.Random(f"{seed} {statement.fields!r}")
+        told = {k: v for k, v in statement.fields.items() if k != "completion"}
+        rng = random.Random(f"{seed} {told!r}")  # one draw for all completions of a prompt
         labels = _labels(statement, templates, binarize, rng)
         solved = _solved(statement, shots, pool, rng)
         told = ["\n\n".join(join(*t.render(s.fields, s.label)) for s in solved) for t in templates]

@@ -29,6 +29,7 @@ class Fitting:
     policy: Callable[[], Path | str]  # the start policy, for rewards that begin from its weights
     samples: Callable[[], list[tuple[str, str]]]  # prompts with completions of the start policy
     device: str | torch.device
+    scoring: bool = True  # whether completions will be scored; false: a report is all
 
 
 class Reward(Protocol):

@@ -44,8 +44,8 @@ class ExactAnswers:
         self.allowed = set(map(plain, known if self.answers is None else self.answers)) - {""}
         if not self.allowed:
             raise ValueError(
-                "the format rule has no answers to allow: give it answers, use a data set that "
-                "knows the right ones, or set the rule to null"
+                "the format rule has no answers to allow: give reward.format_rule.answers, use a "
+                "data set that knows the right ones, or set reward.format_rule=null"
             )
 
     def __call__(self, scores: Tensor, completions: list[str]) -> Tensor:

@@ -24,6 +24,10 @@ class Mix(Reward):
     parts: dict[str, Any]
 
     def __post_init__(self) -> None:
+        self.parts = {
+            name: part if isinstance(part, Part) else Part(**part)
+            for name, part in self.parts.items()
+        }
         if not self.parts:
             raise ValueError(
                 "reward.parts is empty: name at least one part with a reward and a weight"

@@ -35,6 +35,7 @@ from rlhf_exp.rewards.format import postprocess
 logger = logging.getLogger(__name__)
 
 RECORD = "reward.json"
+OWN = "this"  # the data set itself, in a table of transfer
 SEEN = ("states", "token", "end_of_text", "dtype", "max_length")  # of the model, what a probe sees
 FITTED = (
     "family",
@@ -96,6 +97,14 @@ class Probe(Reward):
             raise ValueError(
                 f"reward.selection_share={self.selection_share} must be between 0 and 1"
             )
+        for name, least in (("sign_labels", 1), ("shots", 0), ("examples", 4)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"reward.{name}={value} must be at least {least}")
+        if taken := {OWN, "pooled"} & set(self.transfer):
+            raise ValueError(
+                f"reward.transfer.{min(taken)}: the report uses this name itself; choose another"
+            )
         if self.fitted is not None and self.hidden_states is not None:
             raise ValueError("reward.fitted and reward.hidden_states exclude each other")
         self.folder: Path | None = None if self.fitted is None else Path(self.fitted).expanduser()
@@ -111,14 +120,39 @@ class Probe(Reward):
                 "reward.model.share=true reads the policy with its adapters off: give policy.lora, "
                 "or set reward.model.share=false"
             )
+        if self.model.share and fitting.trained.quantization is not None:
+            raise ValueError(
+                "reward.model.share=true reads quantized weights with policy.quantization="
+                f"{fitting.trained.quantization}, and a probe is fitted on the plain ones: set "
+                "reward.model.share=false"
+            )
+        if self.model.path is None and fitting.trained.adapter and not fitting.trained.sft:
+            raise ValueError(
+                "reward.model.path=null reads the start policy, and policy.adapter is merged into "
+                "that only in memory: give reward.model.path, or merge the adapter first"
+            )
         if self.fitted is not None:
             self._compare(fitting.data())
         elif self.hidden_states is not None:
             self._npy()
         else:
-            for data in (fitting.data(), *(other.load() for other in self.transfer.values())):
-                self._pairs(data)
-        self._fill_rule(fitting.data())
+            self._check_examples(fitting.data())
+        if fitting.scoring:
+            self._fill_rule(fitting.data())
+
+    def _check_examples(self, data: Dataset) -> None:
+        """Render everything once, and count templates: transfer compares like with like."""
+        others = {name: other.load() for name, other in self.transfer.items()}
+        counts = {}
+        for name, given in ({OWN: data} | others).items():
+            (pairs, _), _ = self._pairs(given)
+            counts[name] = len(pairs[0])
+        if len(set(counts.values())) > 1:
+            said = ", ".join(f"{name} {count}" for name, count in counts.items())
+            raise ValueError(
+                f"the data sets of reward.transfer differ in their number of templates ({said}): "
+                "give reward.templates, or as many of each by reward.template_names"
+            )
 
     def _fill_rule(self, data: Dataset) -> None:
         if self.format_rule is not None:
@@ -166,6 +200,12 @@ class Probe(Reward):
         """Refuse a fitted probe that reads other words, another layer or other states than asked
         for; other weights are refused on loading.
         """
+        assert self.folder is not None
+        if not (self.folder / RECORD).is_file():
+            raise FileNotFoundError(
+                f"reward.fitted={self.fitted} is not a fitted probe: give the folder of one, "
+                "artifacts/reward/probe-..."
+            )
         record = self._record()
         if record["model"] is None:
             raise ValueError(
@@ -178,6 +218,12 @@ class Probe(Reward):
                     f"reward.fitted={self.fitted} was fitted with model.{key}="
                     f"{record['model'][key]}, not {getattr(self.model, key)}: set "
                     f"reward.model.{key}={record['model'][key]}, or fit again"
+                )
+        for key in ("shots", "score"):
+            if record[key] != getattr(self, key):
+                raise ValueError(
+                    f"reward.fitted={self.fitted} was fitted with reward.{key}={record[key]}, not "
+                    f"{getattr(self, key)}: set reward.{key}={record[key]}, or fit again"
                 )
         if self.layer not in (None, record["layer"]):
             raise ValueError(
@@ -201,7 +247,8 @@ class Probe(Reward):
     def fit(self, fitting: Fitting) -> None:
         """Read the states, fit, choose and report; the states and the probe are artifacts."""
         self.data, self.trained = fitting.data(), fitting.trained
-        self._fill_rule(self.data)
+        if fitting.scoring:
+            self._fill_rule(self.data)
         if self.hidden_states is not None:
             self.folder = self._fit_stored(fitting)
             return
@@ -293,7 +340,7 @@ class Probe(Reward):
         )
         chosen, found = study.run(train, selection, report)
         if others:
-            found["transfer"] = study.transfer(chosen, {"this": (train, report)} | others)
+            found["transfer"] = study.transfer(chosen, {OWN: (train, report)} | others)
         found["data"] = {
             "train": len(train.labels),
             "selection": len(selection.labels),
@@ -303,17 +350,22 @@ class Probe(Reward):
         }
         chosen.save(folder)
         scores = self._scores(chosen(selection.hidden[chosen.layer]))
-        record |= {"layer": chosen.layer, "mean": float(scores.mean()), "std": float(scores.std())}
-        write_json(folder / RECORD, record | {"seed": self.seed})
+        record |= {"layer": chosen.layer, "lowest": float(scores.min())}
+        record |= {"mean": float(scores.mean()), "std": float(scores.std(correction=0))}
+        record |= {"shots": self.shots, "score": self.score, "seed": self.seed}
+        write_json(folder / RECORD, record)
         write(folder, found)
 
     def _split(self, given: States) -> tuple[States, States]:
-        """Training and selection examples, both with both labels."""
+        """Training and selection examples, both with both labels; examples of one prompt stay
+        together.
+        """
         n = len(given.labels)
         generator = torch.Generator().manual_seed(self.seed)
-        order = torch.randperm(n, generator=generator)
-        cut = max(1, round(self.selection_share * n))
-        train, selection = order[cut:], order[:cut]
+        groups = torch.tensor(given.about.get("groups", range(n)))
+        rank = torch.randperm(int(groups.max()) + 1, generator=generator)[groups]
+        held = rank < max(1, round(self.selection_share * len(groups.unique())))
+        train, selection = (~held).nonzero()[:, 0], held.nonzero()[:, 0]
         if self.resample:
             train = train[torch.randint(len(train), (len(train),), generator=generator)]
         for name, index in (("train", train), ("selection", selection)):
@@ -342,6 +394,19 @@ class Probe(Reward):
             )
         self.probe = probes.Fitted.load(self.folder)
         self.mean, self.std = (record["mean"], record["std"]) if self.standardise else (0.0, 1.0)
+        if not self.std > 0:
+            raise ValueError(
+                "the probe gives all examples of the selection split one score, which cannot be "
+                "standardised: it has learnt nothing"
+            )
+        lowest = (record["lowest"] - self.mean) / self.std - self.baseline
+        if self.format_rule is not None and self.format_rule.otherwise >= lowest:
+            logger.warning(
+                "malformed completions score %.2f and well-formed ones as little as %.2f, so "
+                "malformed ones can pay: lower reward.format_rule.otherwise",
+                self.format_rule.otherwise,
+                lowest,
+            )
         self.model.open(self.source, device, self.trained.model if self.model.share else None)
         if weights.fingerprint(self.model.model) != record["weights"]:
             raise ValueError(
