@@ -60,7 +60,7 @@ def test_answers_of_the_data_set_unless_given() -> None:
 
 
 def test_rules_that_allow_nothing() -> None:
-    with pytest.raises(ValueError, match="no answers to allow: give reward.format_rule.answers"):
+    with pytest.raises(ValueError, match=r"no answers to allow: give reward\.format_rule\.answers"):
         ExactAnswers().fill([])
     with pytest.raises(ValueError, match="no answers to allow"):
         ExactAnswers(answers=[])

@@ -107,6 +107,8 @@ class QNLI:
         chosen = [row for row in shuffled(left, self.prompt_seed) if row[0] not in seen]
         if dropped := len(left) - len(chosen):
             logger.info("%d prompts dropped: used elsewhere, or labeled both ways", dropped)
+        if shared := len({prompt for prompt, _ in probed} & {prompt for prompt, _ in validation}):
+            logger.info("%d held-out prompts are among the statements that probes fit on", shared)
         self._require("prompts", self.prompts, len(chosen), "training rows besides the statements")
         chosen, unclear = chosen[: self.prompts], _unclear(validation)
         asked = [row for row in validation if row[0] not in unclear]
