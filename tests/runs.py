@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from hydra import compose, initialize_config_dir
 
 from rlhf_exp.__main__ import run
@@ -76,18 +75,6 @@ def logged(call: Any) -> int:
             handler.close()
         logger.propagate, logger.handlers = before[0], before[2]
         logger.setLevel(before[1])
-
-
-def settings(*left_out: str) -> list[str]:
-    """The numbers of experiment=debug as overrides, without those of the groups in `left_out`."""
-    preset = yaml.safe_load((conf_directory() / "experiment" / "debug.yaml").read_text())
-    return [o for group, v in preset.items() if group not in left_out for o in _overrides(group, v)]
-
-
-def _overrides(key: str, value: Any) -> list[str]:
-    if isinstance(value, dict):
-        return [o for k, v in value.items() for o in _overrides(f"{key}.{k}", v)]
-    return [] if key == "defaults" else [f"{key}={json.dumps(value)}"]
 
 
 def rows(path: Path) -> list[dict[str, Any]]:

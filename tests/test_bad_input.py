@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from runs import DebugRun, command_line, contents, nothing_half_written, says, settings, the_error
+from runs import DebugRun, command_line, contents, nothing_half_written, says, the_error
 
 pytest_plugins = ["runs_fixtures"]
 
 OWN_DATA = [
-    *settings("data", "reward"),
+    "experiment=debug",
     "data=local",
     "data.prompts=prompts.jsonl",
     "reward=lexicon",
@@ -136,9 +136,7 @@ def test_settings_that_cannot_be(
 ) -> None:
     if overrides == ["hardware=gpu"] and torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    other_reward = any(o.startswith("reward=") for o in overrides)
-    small = settings("reward") if other_reward else settings()
-    says(refused(*small, *overrides), *fragments)
+    says(refused("experiment=debug", *overrides), *fragments)
     assert not (tmp_path / "artifacts").exists(), "this is known before anything is built"
 
 
@@ -210,17 +208,22 @@ def test_pairs_of_equal_texts(refused: Callable[..., str], tmp_path: Path) -> No
 def test_labels_from_a_data_set_that_has_none(
     refused: Callable[..., str], tmp_path: Path, artifacts: Path
 ) -> None:
-    asked = [*settings(), "labeller=dataset", f"artifacts={artifacts}"]
+    asked = ["experiment=debug", "labeller=dataset", f"artifacts={artifacts}"]
     says(refused(*asked), "labeller=dataset", "data.preferences", "labeller=gold")
 
 
 def test_no_pair_within_the_longest_length(refused: Callable[..., str], artifacts: Path) -> None:
     asked = ["reward.member.max_length=2", f"artifacts={artifacts}"]
     says(
-        refused(*settings(), *asked), "none of 64 preference pairs", "reward.max_length=2", "raise"
+        refused("experiment=debug", *asked),
+        "none of 64 preference pairs",
+        "reward.max_length=2",
+        "raise",
     )
 
 
 def test_no_pair_that_differs(refused: Callable[..., str], artifacts: Path) -> None:
     asked = ["policy.temperature=0.001", f"artifacts={artifacts}"]
-    says(refused(*settings(), *asked), "of 80 preference pairs survived", "policy.temperature")
+    says(
+        refused("experiment=debug", *asked), "of 80 preference pairs survived", "policy.temperature"
+    )

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import inside, says, settings
+from runs import inside, says
 
 from rlhf_exp.artifacts import Store
 from rlhf_exp.policy import Policy
@@ -32,7 +32,7 @@ def test_a_model_that_is_not_there(
 ) -> None:
     (tmp_path / "empty").mkdir()
     says(
-        refused(*settings("reward"), "reward=lexicon", "policy=hub", f"policy.path={path}"),
+        refused("experiment=debug", "reward=lexicon", "policy=hub", f"policy.path={path}"),
         *fragments,
     )
     assert not (tmp_path / "artifacts").exists()
@@ -40,7 +40,7 @@ def test_a_model_that_is_not_there(
 
 def test_a_reward_model_that_is_not_there(refused: Callable[..., str], tmp_path: Path) -> None:
     asked = ["reward=hub", "reward.path=nobody/nothing"]
-    says(refused(*settings("reward"), *asked), "nobody/nothing", "reachable")
+    says(refused("experiment=debug", *asked), "nobody/nothing", "reachable")
     assert not (tmp_path / "artifacts").exists(), "this is known before anything is trained"
 
 
@@ -66,7 +66,7 @@ def bases(tmp_path: Path) -> tuple[Path, Path]:
 
 
 def starting_from(base: Path, *others: str) -> list[str]:
-    return [*settings("reward"), "reward=lexicon", "policy=hub", f"policy.path={base}", *others]
+    return ["experiment=debug", "reward=lexicon", "policy=hub", f"policy.path={base}", *others]
 
 
 def test_an_adapter_that_is_not_there(
@@ -124,7 +124,7 @@ def test_a_reward_function_that_misbehaves(
 ) -> None:
     module = f"bad_reward_{abs(hash(body))}"
     (tmp_path / f"{module}.py").write_text(f"def f(prompts, completions):\n    return {body}\n")
-    asked = [*settings("reward"), "reward=function", f"reward.function={module}:f"]
+    asked = ["experiment=debug", "reward=function", f"reward.function={module}:f"]
     says(refused(*asked, f"artifacts={artifacts}"), "reward", *fragments)
 
 
@@ -140,7 +140,7 @@ def test_a_reward_function_that_is_not_there(
     name: str, fragment: str, refused: Callable[..., str], tmp_path: Path
 ) -> None:
     (tmp_path / "reward_cut_short.py").write_text("def f(prompts, completions):\n    return [")
-    asked = [*settings("reward"), "reward=function", f"reward.function={name}"]
+    asked = ["experiment=debug", "reward=function", f"reward.function={name}"]
     says(refused(*asked), f"reward.function={name}", fragment, "check module and name")
     assert not (tmp_path / "artifacts").exists(), "this is known before anything is trained"
 
@@ -149,4 +149,4 @@ def test_a_reward_function_of_another_signature(
     refused: Callable[..., str], artifacts: Path
 ) -> None:
     asked = ["reward=function", "reward.function=builtins:len", f"artifacts={artifacts}"]
-    says(refused(*settings("reward"), *asked), "reward.function=builtins:len", "raised TypeError")
+    says(refused("experiment=debug", *asked), "reward.function=builtins:len", "raised TypeError")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import DebugRun, command, command_line, contents, environment, rows, settings
+from runs import DebugRun, command, command_line, contents, environment, rows
 
 from rlhf_exp.artifacts import verify
 
@@ -226,7 +226,7 @@ def test_interrupting_a_sweep_lets_its_job_save(artifacts: Path, tmp_path: Path)
 
 def test_lexicon_reward_with_a_lora_policy(artifacts: Path, tmp_path: Path) -> None:
     done = command_line(
-        *settings("reward"),
+        "experiment=debug",
         "reward=lexicon",
         "policy.lora={r: 4, target_modules: [c_attn]}",
         "algo.steps=2",
@@ -258,7 +258,7 @@ def test_lexicon_reward_with_a_lora_policy(artifacts: Path, tmp_path: Path) -> N
 def test_function_reward_with_a_policy_trained_at_the_top(artifacts: Path, tmp_path: Path) -> None:
     (tmp_path / "letters_reward.py").write_text(COUNT_E)
     done = command_line(
-        *settings("reward"),
+        "experiment=debug",
         "reward=function",
         "reward.function=letters_reward:count",
         "policy.train_top=1",
@@ -290,7 +290,7 @@ def test_function_reward_with_a_policy_trained_at_the_top(artifacts: Path, tmp_p
 
 def test_a_mix_of_rewards(artifacts: Path, tmp_path: Path) -> None:
     done = command_line(
-        *settings("reward"),
+        "experiment=debug",
         "reward=mix",
         "reward.parts.proxy.reward.size=2",
         "reward.parts.proxy.reward.member.epochs=1",
@@ -318,7 +318,7 @@ def test_prompts_of_ones_own(artifacts: Path, tmp_path: Path) -> None:
         "".join(json.dumps({"prompt": f"tell me about film {i}:"}) + "\n" for i in range(40))
     )
     done = command_line(
-        *settings("data", "reward"),
+        "experiment=debug",
         "data=local",
         "data.prompts=prompts.jsonl",
         "data.held_out_share=0.2",

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from runs import DebugRun, command_line, contents, inside, logged, says, settings, the_error
+from runs import DebugRun, command_line, contents, inside, logged, says, the_error
 
 from rlhf_exp.artifacts import verify, write_json
 from rlhf_exp.worker import guarded, resume
@@ -38,14 +38,14 @@ def no_file_beyond(size: int) -> Iterator[None]:
 
 def test_artifacts_below_a_file(refused: Callable[..., str], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    says(refused(*settings(), "artifacts=file/artifacts"), "file/artifacts", "artifacts=")
+    says(refused("experiment=debug", "artifacts=file/artifacts"), "file/artifacts", "artifacts=")
 
 
 def test_a_disk_that_is_full_when_weights_are_written(
     refused: Callable[..., str], tmp_path: Path
 ) -> None:
     with no_file_beyond(300_000):
-        sentence = refused(*settings())
+        sentence = refused("experiment=debug")
     says(sentence, str(tmp_path / "artifacts"), "artifacts=", "hydra.run.dir=")
     assert not list((tmp_path / "artifacts" / "base").glob("[!.]*"))
 
@@ -54,7 +54,7 @@ def test_a_disk_that_is_full_when_a_checkpoint_is_written(
     artifacts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with no_file_beyond(2_000_000):  # larger than the weights, smaller than weights and optimizer
-        code = inside(tmp_path / "run", *settings(), f"artifacts={artifacts}")
+        code = inside(tmp_path / "run", "experiment=debug", f"artifacts={artifacts}")
     assert code == 1
     says(
         the_error(capsys.readouterr().err), str(tmp_path / "run" / "checkpoints"), "hydra.run.dir="
@@ -96,7 +96,7 @@ def test_a_damaged_artifact(
     flip_a_byte(folder / "model.safetensors")
     with pytest.raises(ValueError, match="damaged"):
         verify(folder)
-    asked = [*settings(), f"artifacts={tmp_path / 'copied'}"]
+    asked = ["experiment=debug", f"artifacts={tmp_path / 'copied'}"]
     says(refused(*asked), str(folder), "model.safetensors", "damaged", "delete it")
 
 

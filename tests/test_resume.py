@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import command, contents, environment, inside, logged, rows, settings, timeless
+from runs import command, contents, environment, inside, logged, rows, timeless
 
 from rlhf_exp.artifacts import verify
 from rlhf_exp.checkpoints import Checkpoints
@@ -24,7 +24,7 @@ pytest_plugins = ["runs_fixtures"]
 
 STEPS = 8
 STATEFUL = [
-    *settings(),
+    "experiment=debug",
     f"algo.steps={STEPS}",
     "algo.minibatch=8",
     "algo.kl_target=1",
@@ -181,7 +181,13 @@ def test_ended_between_a_best_evaluation_and_its_checkpoint(
     artifacts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # nothing is learned, so the first evaluation after the start stays the best
-    asked = [*settings(), "algo.lr=0", "algo.steps=3", "evaluation.every=1", "checkpoints.every=10"]
+    asked = [
+        "experiment=debug",
+        "algo.lr=0",
+        "algo.steps=3",
+        "evaluation.every=1",
+        "checkpoints.every=10",
+    ]
     with monkeypatch.context() as patch:
         patch.setattr(Checkpoints, "save", _no_space)
         assert inside(tmp_path / "run", *asked, f"artifacts={artifacts}") == 1
@@ -234,7 +240,7 @@ def test_looking_more_often_changes_nothing(
 def test_the_last_and_the_best_checkpoints_are_kept(
     keep: int, artifacts: Path, tmp_path: Path
 ) -> None:
-    asked = [*settings(), "algo.steps=6", "evaluation.every=1", "checkpoints.every=1"]
+    asked = ["experiment=debug", "algo.steps=6", "evaluation.every=1", "checkpoints.every=1"]
     asked += ["checkpoints.best=length/mean", f"checkpoints.keep={keep}", f"artifacts={artifacts}"]
     assert inside(tmp_path / "run", *asked) == 0
     folder = tmp_path / "run" / "checkpoints"
