@@ -21,6 +21,7 @@ import random
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,10 @@ class Contrast:
 
     def texts(self) -> tuple[str, str, str]:
         """(question with shots in front, answer of labels[0], answer of labels[1])"""
+        return self._texts
+
+    @cached_property
+    def _texts(self) -> tuple[str, str, str]:
         (question, first), (other, second) = (
             self.template.render(self.fields, label) for label in self.labels
         )
