@@ -1,6 +1,7 @@
 """Probe rewards from the command line to the summary, offline, on the embedded world of facts."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -101,25 +102,31 @@ def test_the_policys_own_base_is_the_reward_model(tmp_path: Path, store: Path) -
     assert shared[-1]["evaluation/kl/k1"] > 0.01
 
 
-@pytest.mark.parametrize(
-    ("settings", "fragments"),
-    [
-        (("reward/family=css",), ("reward/family=css is not an option", "did you mean ccs")),
-        (("data=reviews",), ("statements whose truth is known", "data=facts")),
-        (("reward.model.share=true",), ("policy.lora", "reward.model.share=false")),
-        (("reward.model.path=no-such/model",), ("no-such/model",)),
-        (("reward.model.layers=[7]",), ("model.layers=[7]", "layers 0-2")),
-        (("reward.templates=truthfull",), ("truthfull", "did you mean truthful")),
-        (("reward.template_names=[verdit]",), ("verdit", "did you mean verdict")),
-        (("reward.compare=[foo]",), ("reward.compare=foo", "ccs")),
-        (("reward.model.max_length=2",), ("max_length=2", "never cut")),
-        (("reward.family.l2=-1",), ("l2=-1",)),
-        (("reward.fitted=nowhere",), ("nowhere",)),
-        (("reward.hidden_states=nowhere",), ("nowhere",)),
-    ],
-    ids=lambda x: x[0] if isinstance(x[0], str) and "=" in x[0] else "",
-)
-def test_bad_input_is_one_sentence(tmp_path: Path, store: Path, settings, fragments) -> None:
-    process = command_line("stages=[reward]", *QUICK, f"artifacts={store}", *settings, cwd=tmp_path)
+def test_a_family_that_is_none(tmp_path: Path) -> None:
+    process = command_line(*QUICK, "reward/family=css", cwd=tmp_path)
     assert process.returncode == 1
-    says(the_error(process.stderr), *fragments)
+    says(the_error(process.stderr), "reward/family=css is not an option", "did you mean ccs")
+
+
+@pytest.mark.parametrize(
+    ("setting", "fragments"),
+    [
+        ("data=reviews", ("statements whose truth is known", "data=facts")),
+        ("reward.model.share=true", ("policy.lora", "reward.model.share=false")),
+        ("reward.model.path=no-such/model", ("no-such/model",)),
+        ("reward.model.package=none", ("reward.model.package=none", "reward.model.path")),
+        ("reward.model.layers=[7]", ("model.layers=[7]", "layers 0-2")),
+        ("reward.layer=7", ("reward.layer=7", "0, 1, 2")),
+        ("reward.templates=truthfull", ("truthfull", "did you mean truthful")),
+        ("reward.template_names=[verdit]", ("verdit", "did you mean verdict")),
+        ("reward.compare=[foo]", ("reward.compare=foo", "ccs")),
+        ("reward.model.max_length=2", ("max_length=2", "never cut")),
+        ("reward.family.l2=-1", ("l2=-1",)),
+        ("reward.fitted=nowhere", ("nowhere", "is not a fitted probe")),
+        ("reward.hidden_states=nowhere", ("nowhere",)),
+    ],
+)
+def test_bad_input_is_one_sentence(
+    store: Path, refused: Callable[..., str], setting: str, fragments: tuple[str, ...]
+) -> None:
+    says(refused("stages=[reward]", *QUICK, f"artifacts={store}", setting), *fragments)
