@@ -136,6 +136,8 @@ def prepare_ours(world: Path) -> Callable[[], int]:
         seed=0,
         accelerator=Hardware(threads=1).accelerator(),
         reference=Reference(policy),
+        pairs=lambda: folder,
+        labeller=lambda: None,
         log=Log(folder, NoTracker(), show_every=EPISODES),
         checkpoints=Checkpoints(),
         evaluator=Evaluator(Evaluation(), [], reward, reward, folder),

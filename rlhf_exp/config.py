@@ -37,6 +37,8 @@ class Root:
     preferences: Any
     evaluation: Any
     checkpoints: Any
+    prepare: Any
+    generations: Any
 
 
 ROOT_KEYS = [f.name for f in fields(Root)]

@@ -31,7 +31,7 @@ from rlhf_exp.trial import Trial, seed_everything
 
 logger = logging.getLogger(__name__)
 
-STAGES = ("sft", "preferences", "reward", "align", "evaluate")
+STAGES = ("prepare", "sft", "preferences", "reward", "generate", "merge", "align", "evaluate")
 
 
 def config_fingerprint(config: dict[str, Any]) -> str:
@@ -96,6 +96,7 @@ class Stages:
         self.settings, self.evaluation, self.checkpoints = (
             built[k] for k in ("preferences", "evaluation", "checkpoints")
         )
+        self.prepare, self.generations = built["prepare"], built["generations"]
         require(config["objective"], ROWS, "objective")
         if not 0 <= config["seed"] < 2**32:
             raise ValueError(f"seed={config['seed']} must be between 0 and 2**32 - 1")
@@ -129,7 +130,8 @@ class Stages:
     def run(self) -> None:
         """Do the stages asked for."""
         stages = self.config["stages"]
-        self.policy.check_prompts(self.data.prompts + self.data.held_out, self.base)
+        if set(stages) - {"prepare", "merge"}:  # these two need no policy
+            self.policy.check_prompts(self.data.prompts + self.data.held_out, self.base)
         for name in stages:
             logger.info("stage %s", name)
             getattr(self, f"run_{name}")()
@@ -219,6 +221,22 @@ class Stages:
 
     # ---- stages
 
+    def run_prepare(self) -> None:
+        self.prepare.write(self.data, self.data_spec, self.directory)
+
+    def run_generate(self) -> None:
+        if self.generations.scored:
+            self._fit_rewards()
+            self.reward.load(self.device)
+            self.gold.load(self.device)
+        self.policy.load(self.start, device=self.device)
+        self.generations.generate(
+            self.policy, self.data, self.reward, self.gold, self._sampling_spec(), self.directory
+        )
+
+    def run_merge(self) -> None:
+        self.generations.merge(self.directory)
+
     def run_sft(self) -> None:
         logger.info("start policy: %s", self.start)
 
@@ -233,8 +251,7 @@ class Stages:
         self.reward.fit(self.fitting)
 
     def run_align(self) -> None:
-        if "reward" not in self.config["stages"]:
-            self.run_reward()  # finds what an earlier run made
+        self._fit_rewards()
         seed_everything(self.config["seed"])  # adapters and value heads are drawn from here on
         self.policy.load(self.start, trainable=True, device=self.device)
         self.reward.load(self.device)
@@ -249,6 +266,8 @@ class Stages:
             evaluator=Evaluator(
                 self.evaluation, self.data.held_out, self.reward, self.gold, self.directory
             ),
+            pairs=lambda: self.pairs,
+            labeller=self._loaded_labeller,
         )
         self.checkpoints.open(self.directory)
         self.tracker.start(self.config, self.directory)
@@ -262,6 +281,15 @@ class Stages:
                 lambda f: self.policy.save(f, self._model_card()),
                 {"run": self.about["fingerprint"]},
             )
+
+    def _fit_rewards(self) -> None:
+        """Find what the stage reward made, in this run or an earlier one."""
+        if "reward" not in self.config["stages"]:
+            self.run_reward()
+
+    def _loaded_labeller(self) -> Any:
+        self.labeller.load(self.gold, self.device)
+        return self.labeller
 
     def _model_card(self) -> str:
         return model_card(self.about, summary(self.directory))

@@ -2,6 +2,8 @@
 before training.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -26,6 +28,20 @@ def response_mask(ids: Tensor, eos: int) -> tuple[Tensor, Tensor]:
     is_end = ids == eos
     before = is_end.cumsum(1) - is_end.long()
     return (before == 0).float(), is_end.any(1)
+
+
+def batches_by_length(lengths: list[int], token_budget: int) -> Iterator[list[int]]:
+    """Indices of `lengths` in batches of similar length: a batch's size times its longest is at
+    most `token_budget`, and it has one index at least.
+    """
+    batch: list[int] = []
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if batch and (len(batch) + 1) * lengths[i] > token_budget:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
 
 
 def check_lengths(

@@ -155,10 +155,8 @@ class Log:
     ) -> None:
         """Record step `step` (from 0) of the loop."""
         assert rollouts.scores is not None
-        assert self.bar is not None
         members = rollouts.members or {}
         row = {
-            "step": step,
             "reward/proxy": float(rollouts.scores.mean()),
             "reward/std": float(rollouts.scores.std(correction=0)),
         }
@@ -171,20 +169,22 @@ class Log:
             **{f"time/{k}": v for k, v in seconds.items()},
             "tokens_per_second": float(rollouts.response.sum()) / sum(seconds.values()),
         }
-        self._append("metrics.jsonl", [row])
-        self.tracker.log({k: v for k, v in row.items() if k != "step"}, step)
-        self._warn(step, row)
         if step % self.show_every == 0:
             self._append("samples.jsonl", _samples(step, rollouts))
             self.say(
                 f"[step {step}] {rollouts.prompts[0]!r} -> {rollouts.completions[0]!r} "
                 f"({float(rollouts.scores[0]):+.2f})"
             )
-        self.shown |= {
-            "proxy": row["reward/proxy"],
-            "KL": row.get("kl/k1", 0.0),
-            "tok/s": row["tokens_per_second"],
-        }
+        self.metrics(step, row)
+
+    def metrics(self, step: int, metrics: dict[str, float]) -> None:
+        """Record the numbers of step `step`, warn of unhealthy ones, move the bar."""
+        assert self.bar is not None
+        self._append("metrics.jsonl", [{"step": step, **metrics}])
+        self.tracker.log(metrics, step)
+        self._warn(step, metrics)
+        names = {"proxy": "reward/proxy", "KL": "kl/k1", "tok/s": "tokens_per_second"}
+        self.shown |= {k: metrics[name] for k, name in names.items() if name in metrics}
         self.bar.set_postfix(
             {k: f"{v:.0f}" if k == "tok/s" else f"{v:.2f}" for k, v in self.shown.items()},
             refresh=False,

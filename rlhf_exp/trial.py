@@ -7,7 +7,7 @@ to. The loop calls these three and knows nothing of files, signals or schedules.
 
 import random
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,6 +46,8 @@ class Trial:
     log: Log
     checkpoints: Checkpoints
     evaluator: Evaluator
+    pairs: Callable[[], Path]  # preference artifact: train.jsonl and evaluation.jsonl
+    labeller: Callable[[], Any]  # loaded; says which of two completions is better
     signalled: int = field(default=0, init=False)
 
     @contextmanager
@@ -85,6 +87,10 @@ class Trial:
     ) -> None:
         """Record what one step sampled, scored and learned."""
         self.log.step(step, rollouts, metrics, seconds)
+
+    def log_metrics(self, step: int, metrics: dict[str, float]) -> None:
+        """Record numbers of step `step` (from 0) of an algorithm that samples elsewhere, or not."""
+        self.log.metrics(step, metrics)
 
     def end_step(self, step: int, policy: Policy, algorithm: Any) -> None:
         """After `step` steps: evaluate and save when due, and stop if a signal came."""

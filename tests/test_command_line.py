@@ -224,18 +224,21 @@ def test_interrupting_a_sweep_lets_its_job_save(artifacts: Path, tmp_path: Path)
 # ---- other rewards, policies, data
 
 
+def two_steps(tmp_path: Path, artifacts: Path, *overrides: str) -> dict:
+    """A small run in `tmp_path`/run that must succeed; its summary."""
+    asked = ("experiment=debug", "algo.steps=2", f"artifacts={artifacts}", "hydra.run.dir=run")
+    done = command_line(*asked, *overrides, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    return finished(tmp_path / "run")
+
+
 def test_lexicon_reward_with_a_lora_policy(artifacts: Path, tmp_path: Path) -> None:
-    done = command_line(
-        "experiment=debug",
+    two_steps(
+        tmp_path,
+        artifacts,
         "reward=lexicon",
         "policy.lora={r: 4, target_modules: [c_attn]}",
-        "algo.steps=2",
-        f"artifacts={artifacts}",
-        "hydra.run.dir=run",
-        cwd=tmp_path,
     )
-    assert done.returncode == 0, done.stderr
-    finished(tmp_path / "run")
     used = json.loads((tmp_path / "run" / "run.json").read_text())["artifacts"]
     assert {Path(path).parent.name for path in used} == {"base", "sft"}  # a lexicon needs no pairs
 
@@ -257,19 +260,14 @@ def test_lexicon_reward_with_a_lora_policy(artifacts: Path, tmp_path: Path) -> N
 
 def test_function_reward_with_a_policy_trained_at_the_top(artifacts: Path, tmp_path: Path) -> None:
     (tmp_path / "letters_reward.py").write_text(COUNT_E)
-    done = command_line(
-        "experiment=debug",
+    two_steps(
+        tmp_path,
+        artifacts,
         "reward=function",
         "reward.function=letters_reward:count",
         "policy.train_top=1",
         "policy.sft=false",
-        "algo.steps=2",
-        f"artifacts={artifacts}",
-        "hydra.run.dir=run",
-        cwd=tmp_path,
     )
-    assert done.returncode == 0, done.stderr
-    finished(tmp_path / "run")
     for row in json.loads((tmp_path / "run" / "evaluation" / "step-000002.json").read_text())[
         "rows"
     ]:
@@ -289,19 +287,14 @@ def test_function_reward_with_a_policy_trained_at_the_top(artifacts: Path, tmp_p
 
 
 def test_a_mix_of_rewards(artifacts: Path, tmp_path: Path) -> None:
-    done = command_line(
-        "experiment=debug",
+    two_steps(
+        tmp_path,
+        artifacts,
         "reward=mix",
         "reward.parts.proxy.reward.size=2",
         "reward.parts.proxy.reward.member.epochs=1",
         "reward.parts.lexicon.weight=2",
-        "algo.steps=2",
-        f"artifacts={artifacts}",
-        "hydra.run.dir=run",
-        cwd=tmp_path,
     )
-    assert done.returncode == 0, done.stderr
-    finished(tmp_path / "run")
     about = json.loads((tmp_path / "run" / "run.json").read_text())
     assert set(about["artifacts"].values()) == {"reused"}
     assert members(tmp_path / "run") == {"proxy", "lexicon"}
@@ -317,21 +310,19 @@ def test_prompts_of_ones_own(artifacts: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.jsonl").write_text(
         "".join(json.dumps({"prompt": f"tell me about film {i}:"}) + "\n" for i in range(40))
     )
-    done = command_line(
-        "experiment=debug",
-        "data=local",
-        "data.prompts=prompts.jsonl",
-        "data.held_out_share=0.2",
-        "policy=tiny",
-        "policy.sft=false",
-        "reward=lexicon",
-        "algo.steps=2",
-        f"artifacts={artifacts}",
-        "hydra.run.dir=run",
-        cwd=tmp_path,
+    assert (
+        two_steps(
+            tmp_path,
+            artifacts,
+            "data=local",
+            "data.prompts=prompts.jsonl",
+            "data.held_out_share=0.2",
+            "policy=tiny",
+            "policy.sft=false",
+            "reward=lexicon",
+        )["prompts"]
+        == 8
     )
-    assert done.returncode == 0, done.stderr
-    assert finished(tmp_path / "run")["prompts"] == 8
     held_out = {
         row["prompt"]
         for row in json.loads((tmp_path / "run" / "evaluation" / "step-000000.json").read_text())[

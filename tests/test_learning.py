@@ -24,6 +24,7 @@ from rlhf_exp.trial import Trial, seed_everything
 PROMPTS = [
     f"{size} {thing}:" for size in ("big", "small", "old") for thing in ("cat", "dog", "hat")
 ]
+DATA = Dataset(prompts=PROMPTS, held_out=PROMPTS)
 SHAPE = {"model_type": "gpt2", "n_layer": 2, "n_embd": 32, "n_head": 2, "n_positions": 64}
 
 
@@ -56,6 +57,8 @@ class Lab:
             seed=seed,
             accelerator=Hardware().accelerator(),
             reference=Reference(self.policy),
+            pairs=lambda: directory,
+            labeller=lambda: None,
             log=Log(directory, NoTracker(), show_every=1000),
             checkpoints=Checkpoints(every=1000),
             evaluator=Evaluator(
@@ -67,9 +70,7 @@ class Lab:
     def run(self, algorithm: PPO) -> list[dict[str, float]]:
         """Train; returns the metrics of every step."""
         with self.trial.listening():
-            algorithm.run(
-                self.policy, self.reward, Dataset(prompts=PROMPTS, held_out=PROMPTS), self.trial
-            )
+            algorithm.run(self.policy, self.reward, DATA, self.trial)
         lines = (self.directory / "metrics.jsonl").read_text().splitlines()
         return [row for row in map(json.loads, lines) if "reward/proxy" in row]
 
@@ -80,7 +81,7 @@ class Lab:
 
     def ready(self, algorithm: PPO, samples: int = 4) -> tuple[Rollouts, Experience]:
         """Set up the algorithm; scored rollouts with random advantages, as `update` takes them."""
-        algorithm.setup(self.policy, self.trial)
+        algorithm.setup(self.policy, self.reward, DATA, self.trial)
         rollouts = self.policy.sample(PROMPTS, samples)
         experience = algorithm.look_back(rollouts)
         noise = torch.randn(rollouts.response.shape) * rollouts.response

@@ -15,6 +15,7 @@ from torch import Tensor
 from rlhf_exp.artifacts import Store
 from rlhf_exp.data.rows import Dataset, Statement
 from rlhf_exp.probes.families import FAMILIES
+from rlhf_exp.probes.fitting import split
 from rlhf_exp.probes.head import Head, linear
 from rlhf_exp.probes.states import Reader, States
 from rlhf_exp.probes.templates import Contrast, read_templates
@@ -133,6 +134,15 @@ class Nothing:
         return linear(x.new_zeros(x.shape[-1]))
 
 
+def folder_of(reward: Probe) -> Path:
+    assert reward.folder is not None
+    return reward.folder
+
+
+def report_of(reward: Probe) -> dict[str, Any]:
+    return json.loads((folder_of(reward) / "report.json").read_text())
+
+
 SAID = ["film 3 :"] * 4, [" good", " bad", " good.", " great"]
 
 
@@ -156,7 +166,7 @@ def test_the_score_is_the_mean_over_templates_then_the_difference(
     reward = fitted(tmp_path, words, score="logit")
     hidden, _, _ = reward.model.read(
         reward._contrasts(
-            [Statement({"prompt": "film 3 :", "completion": " good"}, 0)], reward.data
+            [Statement({"prompt": "film 3 :", "completion": " good"}, 0)], reward.words, reward.data
         )[0],
         [reward.probe.layer],
     )
@@ -203,7 +213,7 @@ def test_malformed_completions_get_the_rules_score(tmp_path: Path, words: str) -
 
 def test_standardised_scores(tmp_path: Path, words: str) -> None:
     plain = fitted(tmp_path, words)
-    record = json.loads((plain.folder / "reward.json").read_text())  # type: ignore[operator]
+    record = json.loads((folder_of(plain) / "reward.json").read_text())
     assert record["lowest"] <= record["mean"]
     reward = fitted(tmp_path, words, standardise=True)
     assert reward.folder == plain.folder, "standardising is no other fit"
@@ -220,7 +230,7 @@ def test_the_layer_is_chosen_on_one_split_and_reported_on_another(
 ) -> None:
     reward = fitted(tmp_path, words, compare=["random", "ccs"])
     assert reward.probe.layer == 3, "layers 2 and 3 tie; the last one wins"
-    report = json.loads((reward.folder / "report.json").read_text())  # type: ignore[operator]
+    report = report_of(reward)
     assert report["chosen"]["probe"] == "logistic"
     assert report["data"]["train"] == 96
     assert report["data"]["selection"] == 24
@@ -237,7 +247,7 @@ def test_the_layer_is_chosen_on_one_split_and_reported_on_another(
     assert by["logistic", 0] < 0.7
     assert report["zero_shot"]["auroc"]["value"] == 1.0
     assert all(0.3 < v < 0.7 for v in report["separability"].values())
-    assert {p.name for p in reward.folder.iterdir()} >= {  # type: ignore[union-attr]
+    assert {p.name for p in folder_of(reward).iterdir()} >= {
         "report.md",
         "report.csv",
         "by_layer.png",
@@ -264,7 +274,7 @@ def test_unsupervised_directions_are_turned_and_the_report_says_how(
         reward = fitted(tmp_path, words, family=FAMILIES[name](), sign=sign, seed=seed)
         found = reward(*SAID)
         assert found[0] > 0.5 > found[1]
-        report = json.loads((reward.folder / "report.json").read_text())  # type: ignore[operator]
+        report = report_of(reward)
         told = "Platt scaling on 96" if sign == "platt" else "the labels of 16 examples"
         assert told in report["chosen"]["sign"]
     unset = fitted(tmp_path, words, family=FAMILIES[name](), sign="none")
@@ -286,14 +296,14 @@ class Elsewhere:
 
 def test_transfer_to_other_data_sets(tmp_path: Path, words: str) -> None:
     reward = fitted(tmp_path, words, transfer={"turned": Elsewhere(words=words)})
-    report = json.loads((reward.folder / "report.json").read_text())  # type: ignore[operator]
+    report = report_of(reward)
     found = report["transfer"]
     assert found["names"] == ["this", "turned"]
     assert found["trained_on"] == ["this", "turned", "pooled"]
     for row in found["auroc"]:
         assert row[0] > 0.95
         assert row[1] < 0.05
-    assert (reward.folder / "transfer.png").exists()  # type: ignore[operator]
+    assert (folder_of(reward) / "transfer.png").exists()
 
 
 # ---- seeds, ensembles, artifacts
@@ -485,7 +495,7 @@ def test_examples_of_one_prompt_stay_together(tmp_path: Path, words: str) -> Non
     groups = torch.tensor(given.about["groups"])
     assert len(groups.unique()) == 60
     order = States({0: groups[:, None, None, None].float()}, given.labels, None, given.about)
-    train, selection = (set(x.hidden[0].flatten().tolist()) for x in reward._split(order))
+    train, selection = (set(x.hidden[0].flatten().tolist()) for x in split(order, 0.2, seed=0))
     assert not train & selection
     assert len(selection) == 12
 

@@ -47,7 +47,7 @@ class Online:
 
     def run(self, policy: Policy, reward: Reward, data: Dataset, trial: Trial) -> None:
         """Train `policy` in place."""
-        self.setup(policy, trial)
+        self.setup(policy, reward, data, trial)
         step = trial.begin(policy, self, self.steps)
         while step < self.steps:
             started = time.perf_counter()
@@ -69,8 +69,8 @@ class Online:
             step += 1
             trial.end_step(step, policy, self)
 
-    def setup(self, policy: Policy, trial: Trial) -> None:
-        """Build optimizers and whatever else needs the loaded policy."""
+    def setup(self, policy: Policy, reward: Reward, data: Dataset, trial: Trial) -> None:
+        """Build optimizers and whatever else needs what `run` was given."""
         raise NotImplementedError
 
     def learn(self, rollouts: Rollouts, step: int) -> dict[str, float]:

@@ -19,6 +19,7 @@ from rlhf_exp import losses
 from rlhf_exp.algorithms.online import Online
 from rlhf_exp.algorithms.scaling import ScoreScaling, apply_missing_eos
 from rlhf_exp.choices import require
+from rlhf_exp.data.rows import Dataset
 from rlhf_exp.policy import (
     MAX_ROLLOUT_TOKENS,
     Batch,
@@ -148,7 +149,7 @@ class PPO(Online):
         """Refuse a policy whose sampling would make the KL wrong."""
         policy.require_plain_sampling("PPO")
 
-    def setup(self, policy: Policy, trial: Trial) -> None:
+    def setup(self, policy: Policy, reward: Any, data: Dataset, trial: Trial) -> None:
         self.policy, self.accelerator, self.reference = policy, trial.accelerator, trial.reference
         self.coef = self.kl_coef
         self.scaling = ScoreScaling(self.score_scaling)

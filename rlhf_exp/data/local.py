@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rlhf_exp.artifacts import file_hash
-from rlhf_exp.data.rows import Dataset, Demonstration, Pair, Statement
+from rlhf_exp.data.rows import Dataset, Demonstration, Pair, Statement, subject
 
 logger = logging.getLogger(__name__)
 
@@ -91,11 +91,6 @@ def text_column(path: Path, row: dict[str, Any], number: int, column: str) -> st
     return value
 
 
-def _question(statement: Statement) -> str:
-    """What a statement is about: its prompt, or all of its fields."""
-    return str(statement.fields.get("prompt", statement.fields))
-
-
 @dataclass(kw_only=True)
 class Local:
     """Files of the user; only `prompts` must be given."""
@@ -161,13 +156,13 @@ class Local:
         held_out_statements = self._read(self.held_out_statements, self._statement)
         if self.held_out_statements is None:
             statements, held_out_statements = self._divided(statements)
-        stated, told = set(map(_question, statements)), set(prompts)
-        if shared := stated & set(map(_question, held_out_statements)):
+        stated = {subject(s.fields) for s in statements}
+        if shared := stated & {subject(s.fields) for s in held_out_statements}:
             raise ValueError(
                 f"{len(shared)} prompts have statements both to fit on and held out, for example "
                 f"{min(shared)[:60]!r}: remove them from one of the files"
             )
-        if shared := stated & told:
+        if shared := stated & set(prompts):
             logger.info("%d prompts are trained on and have statements to fit on", len(shared))
         answers: dict[str, str] = {}
         if self.answer_column is not None:
@@ -200,11 +195,11 @@ class Local:
 
     def _divided(self, statements: list[Statement]) -> tuple[list[Statement], list[Statement]]:
         """A share held out, by prompt, so that all statements about one prompt stay together."""
-        questions = list(dict.fromkeys(map(_question, statements)))
-        random.Random(self.seed).shuffle(questions)
-        part = set(questions[: max(1, round(self.held_out_share * len(questions)))])
-        held = [s for s in statements if _question(s) in part]
-        return [s for s in statements if _question(s) not in part], held
+        subjects = list(dict.fromkeys(subject(s.fields) for s in statements))
+        random.Random(self.seed).shuffle(subjects)
+        part = set(subjects[: max(1, round(self.held_out_share * len(subjects)))])
+        held = [s for s in statements if subject(s.fields) in part]
+        return [s for s in statements if subject(s.fields) not in part], held
 
     def _answer(self, path: Path, row: dict[str, Any], number: int) -> tuple[str, str]:
         assert self.answer_column is not None

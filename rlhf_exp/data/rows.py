@@ -33,6 +33,13 @@ class Statement:
     label: int
 
 
+def subject(fields: dict[str, Any]) -> str:
+    """What a statement with these fields is about: its prompt, or all of them. Statements about
+    one thing stay on one side of a split.
+    """
+    return str(fields.get("prompt", fields))
+
+
 @dataclass(kw_only=True)
 class Dataset:
     """The splits of one data set. `held_out` prompts are never trained on."""

@@ -139,6 +139,29 @@ def separability(normaliser: Normaliser, train: Tensor, held: Tensor) -> float:
     return metrics.auroc(x / scale @ theta[:-1], y)
 
 
+def split(
+    given: States, selection_share: float, *, seed: int, resample: bool = False
+) -> tuple[States, States]:
+    """Training and selection examples, both with both labels; examples of one prompt stay together.
+    `resample` draws the training examples again, with replacement.
+    """
+    n = len(given.labels)
+    generator = torch.Generator().manual_seed(seed)
+    groups = torch.tensor(given.about.get("groups", range(n)))
+    rank = torch.randperm(int(groups.max()) + 1, generator=generator)[groups]
+    held = rank < max(1, round(selection_share * len(groups.unique())))
+    train, selection = (~held).nonzero()[:, 0], held.nonzero()[:, 0]
+    if resample:
+        train = train[torch.randint(len(train), (len(train),), generator=generator)]
+    for name, index in (("train", train), ("selection", selection)):
+        if len(set(given.labels[index].tolist())) < 2:
+            raise ValueError(
+                f"the {name} split of {n} examples holds one class only: give more examples, or "
+                "another reward.selection_share"
+            )
+    return given.rows(train), given.rows(selection)
+
+
 @dataclass(kw_only=True)
 class Study:
     """Which probes are fitted, and how one is chosen."""

@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_exp import weights
+from rlhf_exp import tokens, weights
 from rlhf_exp.artifacts import write_json
 from rlhf_exp.choices import require
+from rlhf_exp.data.rows import subject
 from rlhf_exp.probes.templates import Contrast, join
 
 logger = logging.getLogger(__name__)
@@ -132,7 +133,7 @@ class Reader:
         """
         if self._opened == (str(source), str(device), id(shared)):
             return
-        self._opened, self._last = (str(source), str(device), id(shared)), None
+        self._opened = self._last = None
         self.model: Any = None  # a model opened before makes room first
         from transformers import AutoConfig, AutoTokenizer
         from transformers import logging as hf_logging
@@ -162,6 +163,7 @@ class Reader:
             self.depth = getattr(config, "num_decoder_layers", None) or self.depth
         if odd := [n for n in self.layers or [] if not 0 <= n <= self.depth]:
             raise ValueError(f"model.layers={odd}: the model at {source} has layers 0-{self.depth}")
+        self._opened = str(source), str(device), id(shared)
 
     @property
     def wanted(self) -> list[int]:
@@ -180,7 +182,7 @@ class Reader:
                 len(pairs) * len(pairs[0]),
                 self.limit,
             )
-        prompts = [str(row[0].fields.get("prompt", row[0].fields)) for row in pairs]
+        prompts = [subject(row[0].fields) for row in pairs]
         number = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
         groups = [number[prompt] for prompt in prompts]
         about = {"cut": cut, "weights": weights.fingerprint(self.model), "groups": groups}
@@ -232,15 +234,9 @@ class Reader:
 
     def _batches(self, encoded: list[_Encoded]) -> Iterator[list[int]]:
         """Rows of similar length, both sides of a pair together."""
-        pairs = list(range(0, len(encoded), 2))
-        longest = [max(len(encoded[i]), len(encoded[i + 1])) for i in pairs]
-        rows: list[int] = []
-        for i in sorted(pairs, key=lambda i: longest[i // 2]):
-            if rows and (len(rows) + 2) * longest[i // 2] > self.token_budget:
-                yield rows
-                rows = []
-            rows += [i, i + 1]
-        yield rows
+        longest = [max(map(len, encoded[i : i + 2])) for i in range(0, len(encoded), 2)]
+        for pairs in tokens.batches_by_length(longest, self.token_budget // 2):
+            yield [row for pair in pairs for row in (2 * pair, 2 * pair + 1)]
 
     # ---- text to tokens
 

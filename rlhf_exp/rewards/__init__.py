@@ -5,7 +5,7 @@ the policy.
 its answer is checked.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -70,9 +70,15 @@ class HasFacets(Protocol):
     def facets(self, prompts: list[str], completions: list[str]) -> dict[str, Tensor]: ...
 
 
-def facets(reward: Any, prompts: list[str], completions: list[str]) -> dict[str, Tensor]:
-    """What `reward` has to tell beside the score, which may be nothing."""
-    return reward.facets(prompts, completions) if isinstance(reward, HasFacets) else {}
+def facets(rewards: Iterable[Any], prompts: list[str], completions: list[str]) -> dict[str, Tensor]:
+    """What `rewards` have to tell beside their scores, which may be nothing; the last of those that
+    use one name is heard.
+    """
+    found: dict[str, Tensor] = {}
+    for reward in rewards:
+        if isinstance(reward, HasFacets):
+            found |= reward.facets(prompts, completions)
+    return found
 
 
 @dataclass
@@ -88,7 +94,7 @@ class Scores:
 
 def score(reward: Any, prompts: list[str], completions: list[str], name: str = "reward") -> Scores:
     """Ask `reward` once; ValueError if the answer is not one finite number per completion."""
-    more = facets(reward, prompts, completions)
+    more = facets([reward], prompts, completions)
     if isinstance(reward, HasMembers):
         members = {
             k: _checked(v, completions, f"{name} {k}")

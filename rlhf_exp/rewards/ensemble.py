@@ -86,11 +86,8 @@ class Ensemble(Reward):
         }
 
     def facets(self, prompts: list[str], completions: list[str]) -> dict[str, Tensor]:
-        """Those of the members; members that name the same one are of the same kind."""
-        found: dict[str, Tensor] = {}
-        for member in self.members.values():
-            found |= facets(member, prompts, completions)
-        return found
+        """Those of the members."""
+        return facets(self.members.values(), prompts, completions)
 
     def combine(self, members: dict[str, Tensor]) -> Tensor:
         return losses.combine(

@@ -58,10 +58,7 @@ class Mix(Reward):
 
     def facets(self, prompts: list[str], completions: list[str]) -> dict[str, Tensor]:
         """Those of the parts."""
-        found: dict[str, Tensor] = {}
-        for part in self.parts.values():
-            found |= facets(part.reward, prompts, completions)
-        return found
+        return facets((part.reward for part in self.parts.values()), prompts, completions)
 
     def combine(self, members: dict[str, Tensor]) -> Tensor:
         return torch.stack(

@@ -251,22 +251,12 @@ class Pairwise(Reward):
         end = self.tokenizer.eos_token or ""
         texts = [text + end for text in self._texts(prompts, completions)]
         encoded = self.tokenizer(texts, truncation=True, max_length=self.max_length)["input_ids"]
-        order = sorted(range(len(texts)), key=lambda i: len(encoded[i]))
         scores = torch.empty(len(texts))
-        start = 0
-        while start < len(order):
-            count = 1
-            while (
-                start + count < len(order)
-                and (count + 1) * len(encoded[order[start + count]]) <= self.token_budget
-            ):
-                count += 1
-            rows = order[start : start + count]
+        for rows in tokens.batches_by_length(list(map(len, encoded)), self.token_budget):
             padded = self.tokenizer.pad(
                 {"input_ids": [encoded[i] for i in rows]}, return_tensors="pt"
             ).to(device)
             scores[rows] = self._forward(padded["input_ids"], padded["attention_mask"])
-            start += count
         return (scores - self.mean) / self.std
 
     def _forward(self, ids: Tensor, mask: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ Left out: fitting the probe again while the policy trains.
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +141,7 @@ class Probe(Reward):
             self._fill_rule(fitting.data())
 
     def _check_examples(self, data: Dataset) -> None:
-        """Render everything once, and count templates: transfer compares like with like."""
+        """Build every pair once, and count templates: transfer compares like with like."""
         others = {name: other.load() for name, other in self.transfer.items()}
         counts = {}
         for name, given in ({OWN: data} | others).items():
@@ -165,10 +165,10 @@ class Probe(Reward):
                 "reward=probe needs statements whose truth is known and the data set has none: use "
                 "data=facts or data=qnli, or give data.statements"
             )
-        found = []
+        words, found = self._templates(data), []
         for rows in (data.statements, data.held_out_statements):
             rows = rows if self.examples is None else balanced(rows, self.examples)
-            pairs, labels = self._contrasts(rows, data)
+            pairs, labels = self._contrasts(rows, words, data)
             if len(set(labels)) < 2:
                 raise ValueError(
                     f"all {len(labels)} statements have the label {labels[0]}: a probe needs both"
@@ -177,11 +177,11 @@ class Probe(Reward):
         return found
 
     def _contrasts(
-        self, rows: list[Statement], data: Dataset
+        self, rows: list[Statement], words: list[Template], data: Dataset
     ) -> tuple[list[list[Contrast]], list[int]]:
         return contrasts(
             rows,
-            self._templates(data),
+            words,
             binarize=self.binarize,
             shots=self.shots,
             shot_statements=data.statements,
@@ -253,7 +253,7 @@ class Probe(Reward):
             self.folder = self._fit_stored(fitting)
             return
         if self.model.share:
-            self.model = replace(self.model, dtype=fitting.trained.dtype)
+            self.model.dtype = fitting.trained.dtype
         self.source = (
             fitting.policy()
             if self.model.path is None
@@ -330,7 +330,9 @@ class Probe(Reward):
         others: dict[str, tuple[States, States]],
         record: dict[str, Any],
     ) -> None:
-        train, selection = self._split(given)
+        train, selection = probes.split(
+            given, self.selection_share, seed=self.seed, resample=self.resample
+        )
         study = probes.Study(
             families=probes.families(self.family, self.compare),
             layer=self.layer,
@@ -356,26 +358,6 @@ class Probe(Reward):
         write_json(folder / RECORD, record)
         write(folder, found)
 
-    def _split(self, given: States) -> tuple[States, States]:
-        """Training and selection examples, both with both labels; examples of one prompt stay
-        together.
-        """
-        n = len(given.labels)
-        generator = torch.Generator().manual_seed(self.seed)
-        groups = torch.tensor(given.about.get("groups", range(n)))
-        rank = torch.randperm(int(groups.max()) + 1, generator=generator)[groups]
-        held = rank < max(1, round(self.selection_share * len(groups.unique())))
-        train, selection = (~held).nonzero()[:, 0], held.nonzero()[:, 0]
-        if self.resample:
-            train = train[torch.randint(len(train), (len(train),), generator=generator)]
-        for name, index in (("train", train), ("selection", selection)):
-            if len(set(given.labels[index].tolist())) < 2:
-                raise ValueError(
-                    f"the {name} split of {n} examples holds one class only: give more examples, "
-                    "or another reward.selection_share"
-                )
-        return given.rows(train), given.rows(selection)
-
     # ---- scoring
 
     def load(self, device: str | torch.device) -> None:
@@ -393,6 +375,7 @@ class Probe(Reward):
                 "model to score text with: fit it on a model"
             )
         self.probe = probes.Fitted.load(self.folder)
+        self.words = self._templates(self.data)
         self.mean, self.std = (record["mean"], record["std"]) if self.standardise else (0.0, 1.0)
         if not self.std > 0:
             raise ValueError(
@@ -420,7 +403,7 @@ class Probe(Reward):
         rows = [
             Statement({"prompt": p, "completion": c}, 0) for p, c in zip(prompts, told, strict=True)
         ]
-        pairs, _ = self._contrasts(rows, self.data)
+        pairs, _ = self._contrasts(rows, self.words, self.data)
         hidden, _, cut = self.model.read(pairs, [self.probe.layer])
         if cut and not self.cut:
             logger.warning("passages cut to model.max_length while scoring: %d of this batch", cut)
