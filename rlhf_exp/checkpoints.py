@@ -22,18 +22,23 @@ from rlhf_exp.evaluation.scoring import METRICS
 class Checkpoints:
     """When state is saved and what is kept."""
 
-    every: int = 20  # steps between checkpoints; the end is always saved
+    # steps between checkpoints; the end is always saved; null: a third of the run
+    every: int | None = None
     keep: int = 2  # last checkpoints kept
     # evaluation metric whose best checkpoint is kept as well; higher is better
     best: str = "reward/proxy"
 
     def __post_init__(self) -> None:
-        if self.every < 1 or self.keep < 1:
+        if (self.every is not None and self.every < 1) or self.keep < 1:
             raise ValueError(
                 f"checkpoints.every={self.every} and checkpoints.keep={self.keep} must be at "
                 "least 1"
             )
         require(self.best, METRICS, "checkpoints.best")
+
+    def due(self, step: int, last: int) -> bool:
+        """Whether a checkpoint is to be written after `step` of `last` steps."""
+        return step % (self.every or max(1, last // 3)) == 0 or step == last
 
     def open(self, directory: Path) -> None:
         """Use `directory`/checkpoints."""

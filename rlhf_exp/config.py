@@ -23,7 +23,7 @@ class Root:
     seed: int
     artifacts: str
     objective: str
-    show_every: int
+    show_every: int | None
     resume: str | None
     data: Any
     policy: Any

@@ -44,6 +44,16 @@ def full_kl(logits: Tensor, ref_logits: Tensor, temperature: float = 1.0) -> Ten
     return (logprobs.exp() * (logprobs - ref_logprobs)).sum(-1)
 
 
+def without(logits: Tensor, ids: list[int]) -> Tensor:
+    """`logits` without the columns `ids`, which lie side by side: [..., v] -> [..., v - k], or as
+    they are where the vocabulary ends before them.
+    """
+    if not ids or logits.shape[-1] <= ids[0]:
+        return logits
+    left, right = logits[..., : ids[0]], logits[..., ids[-1] + 1 :]
+    return left if right.shape[-1] == 0 else torch.cat([left, right], -1)
+
+
 KL_ESTIMATORS = {
     "k1": lambda d: d,
     "abs": lambda d: d.abs(),

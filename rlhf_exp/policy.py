@@ -42,9 +42,19 @@ class Rollouts:
         return len(self.prompts)
 
     @property
+    def width(self) -> int:
+        """P"""
+        return self.ids.shape[1] - self.response.shape[1]
+
+    @property
     def response_ids(self) -> Tensor:
         """[n, R]"""
         return self.ids[:, -self.response.shape[1] :]
+
+    def responses(self) -> list[list[int]]:
+        """Token ids of each response, without padding."""
+        lengths = self.response.sum(1).long().tolist()
+        return [row[:k] for row, k in zip(self.response_ids.tolist(), lengths, strict=True)]
 
     def select(self, rows: Tensor) -> "Rollouts":
         """The rollouts at `rows` (int64 [m]), padded as before."""
@@ -81,7 +91,7 @@ def micro_batches(rollouts: Rollouts, rows: Tensor, token_budget: int) -> Iterat
     """Cut `rows` into batches of at most `token_budget` padded tokens each, sorted by length; a
     batch has one row at least.
     """
-    width = rollouts.ids.shape[1] - rollouts.response.shape[1]
+    width = rollouts.width
     responses: list[int] = rollouts.response.sum(1).long().tolist()
     prompts: list[int] = rollouts.mask[:, :width].sum(1).tolist()
     order = sorted(rows.tolist(), key=lambda i: (prompts[i] + responses[i], i))
@@ -94,10 +104,17 @@ def micro_batches(rollouts: Rollouts, rows: Tensor, token_budget: int) -> Iterat
             if end > start and (end - start + 1) * (p_next + r_next) > token_budget:
                 break
             p, r, end = p_next, r_next, end + 1
-        picked = torch.tensor(order[start:end], device=rollouts.ids.device)
-        columns = slice(width - p, width + r)
-        yield Batch(picked, rollouts.ids[picked, columns], rollouts.mask[picked, columns], r)
+        yield cut(rollouts, order[start:end])
         start = end
+
+
+def cut(rollouts: Rollouts, rows: list[int] | Tensor) -> Batch:
+    """The rollouts at `rows`, padded to the longest prompt and response among them only."""
+    picked = torch.as_tensor(rows, device=rollouts.ids.device)
+    p = max(1, int(rollouts.mask[picked, : rollouts.width].sum(1).max()))
+    r = max(1, int(rollouts.response[picked].sum(1).max()))
+    columns = slice(rollouts.width - p, rollouts.width + r)
+    return Batch(picked, rollouts.ids[picked, columns], rollouts.mask[picked, columns], r)
 
 
 def response_logits(
@@ -140,7 +157,9 @@ class Policy:
     train_top: int | None = None
     sft: bool = True  # whether the `sft` stage has anything to do
     chat: bool = False  # wrap prompts in the tokenizer's chat template
-    prefix: str = ""  # prepended to every prompt; conditional methods ask for the best with it
+    # prepended to every prompt; conditional methods ask for the best with it. null: the one saved
+    # beside the weights, if any
+    prefix: str | None = None
     max_new_tokens: int = 32  # longest completion
     min_new_tokens: int = 0  # no end-of-text token before this many
     temperature: float = 1.0
@@ -175,6 +194,8 @@ class Policy:
                 f"policy.min_new_tokens={self.min_new_tokens}"
             )
 
+        self.control: list[int] = []  # ids of tokens that steer and are never sampled
+
     def require_plain_sampling(self, who: str) -> None:
         """Refuse transforms that sample from another distribution than the scored one.
 
@@ -202,7 +223,7 @@ class Policy:
         self, source: Path | str, *, trainable: bool = False, device: str | torch.device = "cpu"
     ) -> None:
         """Load tokenizer and weights; `trainable` also freezes or adapts as configured."""
-        self.tokenizer = weights.load_tokenizer(source)
+        self._open(source)
         self.source = str(source)
         model = weights.load_causal_lm(
             source, self.dtype, self.tokenizer, self.quantization, device
@@ -221,25 +242,34 @@ class Policy:
             weights.freeze_bottom(model, self.train_top)
         return model
 
+    def _open(self, source: Path | str) -> None:
+        """Tokenizer, and what a policy of ours was saved with."""
+        self.tokenizer = weights.load_tokenizer(source)
+        saved = weights.saved_settings(source)
+        if saved:
+            self.control = saved["control"]
+        if self.prefix is None:
+            self.prefix = saved.get("prefix", "")
+
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
     # ---- sampling
 
-    def encode(self, prompts: list[str]) -> list[list[int]]:
+    def encode(self, prompts: list[str], prefixes: list[str] | None = None) -> list[list[int]]:
         """Token ids of each prompt, with prefix and chat template, the begin-of-text token once if
-        there is one.
+        there is one. `prefixes` stand in for the policy's own, one for each prompt.
         """
-        return tokens.encode_prompts(
-            self.tokenizer, [self.prefix + p for p in prompts], chat=self.chat
-        )
+        before = prefixes if prefixes is not None else [self.prefix or ""] * len(prompts)
+        texts = [prefix + prompt for prefix, prompt in zip(before, prompts, strict=True)]
+        return tokens.encode_prompts(self.tokenizer, texts, chat=self.chat)
 
     def check_prompts(self, prompts: list[str], source: Path | str) -> None:
         """Load the tokenizer alone and refuse prompts that are empty or leave no room for a
         completion.
         """
-        self.tokenizer = weights.load_tokenizer(source)
+        self._open(source)
         tokens.lint(self.tokenizer, prompts[:8], chat=self.chat)
         tokens.check_lengths(
             self.encode(prompts), prompts, weights.context_length(source), self.max_new_tokens
@@ -255,26 +285,31 @@ class Policy:
             self._generate(encoded[i : i + self.sample_batch], width)
             for i in range(0, len(encoded), self.sample_batch)
         ]
-        length = max(p.shape[1] for p in pieces) - width
-        pad = self.tokenizer.pad_token_id
-        ids = torch.cat(
-            [nn.functional.pad(p, (0, width + length - p.shape[1]), value=pad) for p in pieces]
-        )
-        response, ended = tokens.response_mask(ids[:, width:], self.tokenizer.eos_token_id)
-        prompt_mask = torch.tensor(
-            [[0] * (width - len(e)) + [1] * len(e) for e in encoded], device=ids.device
-        )
-        kept = [
-            row[: int(k)]
-            for row, k in zip(ids[:, width:].tolist(), response.sum(1).tolist(), strict=True)
-        ]
+        end = self.tokenizer.eos_token_id
+        responses = [tokens.until(row[width:], end) for piece in pieces for row in piece.tolist()]
+        return self.assemble(repeated, responses)
+
+    def assemble(
+        self, prompts: list[str], responses: list[list[int]], prefixes: list[str] | None = None
+    ) -> Rollouts:
+        """Rollouts of given responses (token ids, with the end-of-text token where they ended).
+        `prefixes` stand in for the policy's own, one for each prompt.
+        """
+        encoded = self.encode(prompts, prefixes)
+        pad, end = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
+        width, length = max(map(len, encoded)), max(map(len, responses))
+        rows = list(zip(encoded, responses, strict=True))
+        gaps = [(width - len(e), length - len(r)) for e, r in rows]
+        ids = [[pad] * p + e + r + [pad] * q for (e, r), (p, q) in zip(rows, gaps, strict=True)]
+        mask = [[0] * p + [1] * (width + length - p - q) + [0] * q for p, q in gaps]
+        spoken = torch.tensor(mask, device=self.device)
         return Rollouts(
-            prompts=repeated,
-            completions=self.tokenizer.batch_decode(kept, skip_special_tokens=True),
-            ids=ids,
-            mask=torch.cat([prompt_mask, response.long()], 1),
-            response=response,
-            ended=ended,
+            prompts=prompts,
+            completions=self.tokenizer.batch_decode(responses, skip_special_tokens=True),
+            ids=torch.tensor(ids, device=self.device),
+            mask=spoken,
+            response=spoken[:, width:].float(),
+            ended=torch.tensor([r[-1:] == [end] for r in responses], device=self.device),
         )
 
     def _generate(self, encoded: list[list[int]], width: int) -> Tensor:
@@ -288,6 +323,10 @@ class Policy:
         )
         self.model.generation_config = weights.generation_config(self)
         return self.model.generate(input_ids=ids, attention_mask=mask)
+
+    def add_control_tokens(self, names: list[str], like: str = "distribution") -> None:
+        """New tokens of which completions never hold one; see `weights.add_tokens`."""
+        self.control = weights.add_tokens(self.model, self.tokenizer, names, like)
 
     # ---- saving
 
@@ -316,6 +355,7 @@ class Policy:
         self.tokenizer.save_pretrained(folder)
         state = {
             "prefix": self.prefix,
+            "control": self.control,
             "chat": self.chat,
             "base": self.source,
             "lora": self.lora is not None,

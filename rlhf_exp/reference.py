@@ -19,8 +19,11 @@ from rlhf_exp.policy import Batch, Policy, response_logits
 class Reference:
     """Frozen logits of `policy` as it is now."""
 
-    def __init__(self, policy: Policy) -> None:
-        if policy.lora is not None:
+    def __init__(self, policy: Policy, *, apart: bool = False) -> None:
+        self.prefix = policy.prefix or ""  # what it was asked with
+        if apart:  # shares nothing, for a policy that is no longer the one its adapter started from
+            self.kind = _Copy(policy.model)
+        elif policy.lora is not None:
             self.kind = _AdapterOff(policy.model)
         elif policy.train_top is not None:
             self.kind = _SharedTrunk(policy.model, policy.train_top)

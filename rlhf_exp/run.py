@@ -100,7 +100,7 @@ class Stages:
         require(config["objective"], ROWS, "objective")
         if not 0 <= config["seed"] < 2**32:
             raise ValueError(f"seed={config['seed']} must be between 0 and 2**32 - 1")
-        if config["show_every"] < 1:
+        if config["show_every"] is not None and config["show_every"] < 1:
             raise ValueError(f"show_every={config['show_every']} must be at least 1")
         if "align" in config["stages"]:
             self.algo.check(self.policy)
@@ -225,13 +225,19 @@ class Stages:
         self.prepare.write(self.data, self.data_spec, self.directory)
 
     def run_generate(self) -> None:
+        decided: dict[str, Any] = {}
         if self.generations.scored:
+            self.fitting.scoring = True
             self._fit_rewards()
             self.reward.load(self.device)
             self.gold.load(self.device)
+            fitted = [Path(p) for p in self.store.used]
+            decided = {"reward": self.config["reward"], "gold": self.config["gold"]}
+            decided["fitted"] = sorted(p.name for p in fitted if p.parent.name == "reward")
         self.policy.load(self.start, device=self.device)
+        decided |= self._sampling_spec() | {"prefix": self.policy.prefix}
         self.generations.generate(
-            self.policy, self.data, self.reward, self.gold, self._sampling_spec(), self.directory
+            self.policy, self.data, self.reward, self.gold, decided, self.directory
         )
 
     def run_merge(self) -> None:

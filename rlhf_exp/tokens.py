@@ -21,13 +21,9 @@ def encode_prompts(tokenizer, prompts: list[str], *, chat: bool) -> list[list[in
     return tokenizer(turns, add_special_tokens=False, return_token_type_ids=False)["input_ids"]
 
 
-def response_mask(ids: Tensor, eos: int) -> tuple[Tensor, Tensor]:
-    """Float mask of the tokens up to and with the first `eos`, and whether there is one: [n, r] ->
-    [n, r], [n] bool.
-    """
-    is_end = ids == eos
-    before = is_end.cumsum(1) - is_end.long()
-    return (before == 0).float(), is_end.any(1)
+def until(ids: list[int], end: int) -> list[int]:
+    """`ids` up to and with the first `end`."""
+    return ids[: ids.index(end) + 1] if end in ids else ids
 
 
 def batches_by_length(lengths: list[int], token_budget: int) -> Iterator[list[int]]:

@@ -128,7 +128,7 @@ class Log:
         directory: Path,
         tracker: Any,
         *,
-        show_every: int,
+        show_every: int | None,  # null: a sixth of the run
     ) -> None:
         self.directory, self.tracker, self.show_every = directory, tracker, show_every
         self.bar: tqdm | None = None
@@ -139,6 +139,7 @@ class Log:
         """Start at `step`; what an interrupted attempt wrote beyond it is dropped, because it will
         be done again.
         """
+        self.show_every = self.show_every or max(1, steps // 6)
         for name in ("metrics.jsonl", "samples.jsonl"):
             _truncate(self.directory / name, step)
         self.bar = tqdm(
@@ -169,7 +170,7 @@ class Log:
             **{f"time/{k}": v for k, v in seconds.items()},
             "tokens_per_second": float(rollouts.response.sum()) / sum(seconds.values()),
         }
-        if step % self.show_every == 0:
+        if step % (self.show_every or 1) == 0:
             self._append("samples.jsonl", _samples(step, rollouts))
             self.say(
                 f"[step {step}] {rollouts.prompts[0]!r} -> {rollouts.completions[0]!r} "

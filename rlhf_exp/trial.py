@@ -95,7 +95,7 @@ class Trial:
     def end_step(self, step: int, policy: Policy, algorithm: Any) -> None:
         """After `step` steps: evaluate and save when due, and stop if a signal came."""
         improved = self.evaluator.due(step, self.steps) and self._evaluate(step, policy)
-        due = step % self.checkpoints.every == 0 or step == self.steps
+        due = self.checkpoints.due(step, self.steps)
         if due or improved or self.signalled:
             state = {
                 "policy": policy.trainable_state(),

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from rlhf_exp.artifacts import MANIFEST, Store, verify
+from rlhf_exp.choices import pick
 
 if TYPE_CHECKING:
     from rlhf_exp.policy import Policy
@@ -260,6 +261,66 @@ def fit_pad(model, tokenizer) -> None:
     model.config.pad_token_id = tokenizer.pad_token_id
 
 
+def saved_settings(source: Path | str) -> dict[str, Any]:
+    """What `Policy.save` noted beside the weights; nothing for weights of other origin."""
+    file = Path(source) / "policy.json"
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def add_tokens(model, tokenizer, names: list[str], like: str) -> list[int]:
+    """Teach `tokenizer` and `model` new special tokens; returns their ids.
+
+    Their embeddings start as draws from the distribution of the others, dimension by dimension
+    (Lu et al. 2022, Quark), or as copies of the end-of-text token's (`like="end"`). Where the
+    embeddings are frozen, the new rows alone are trained.
+    """
+    from transformers import AddedToken
+
+    known = tokenizer.get_vocab()
+    if taken := [name for name in names if name in known]:
+        raise ValueError(
+            f"the tokenizer knows the token {taken[0]!r} already, so it cannot become a control "
+            "token: choose other names, or start from a policy that was not trained with it"
+        )
+    tokenizer.add_tokens([AddedToken(name, special=True, normalized=False) for name in names])
+    ids = tokenizer.convert_tokens_to_ids(names)
+    inner = model.get_base_model() if hasattr(model, "peft_config") else model
+    old = inner.get_input_embeddings().num_embeddings
+    if max(ids) >= old:
+        inner.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
+    both = inner.get_input_embeddings(), inner.get_output_embeddings()
+    layers = {id(layer.weight): layer for layer in both}  # one, where they are tied
+    frozen = not all(p.requires_grad for p in inner.parameters())
+    for layer in layers.values():
+        seen = layer.weight.detach()[: min(ids)].float()
+        with torch.no_grad():
+            layer.weight[ids] = _drawn(seen, len(ids), like, tokenizer.eos_token_id).to(seen)
+        if frozen:
+            _train_rows(layer.weight, ids)
+    return ids
+
+
+def _drawn(seen: torch.Tensor, count: int, like: str, end: int) -> torch.Tensor:
+    """[count, d] new embeddings in the likeness of those there are [v, d]."""
+    starts = {
+        "distribution": lambda: torch.normal(
+            seen.mean(0).expand(count, -1), seen.std(0).expand(count, -1)
+        ),
+        "end": lambda: seen[end].repeat(count, 1),
+    }
+    return pick(like, starts, "algo.token_start")()
+
+
+def _train_rows(weight: nn.Parameter, ids: list[int]) -> None:
+    """Let gradients reach these rows of a frozen matrix, and no others."""
+    if weight.requires_grad:
+        return
+    keep = torch.zeros(weight.shape[0], 1, device=weight.device)
+    keep[ids] = 1.0
+    weight.requires_grad_(True)
+    weight.register_hook(lambda gradient: gradient * keep.to(gradient.dtype))
+
+
 def context_length(source: Path | str) -> int | None:
     """Longest sequence the model's config allows; None if it names none."""
     from transformers import AutoConfig
@@ -280,6 +341,7 @@ def generation_config(policy: "Policy") -> Any:
         top_p=policy.top_p,
         eos_token_id=policy.tokenizer.eos_token_id,
         pad_token_id=policy.tokenizer.pad_token_id,
+        suppress_tokens=policy.control or None,
     )
 
 

@@ -2,9 +2,11 @@
 process. Artifacts of one debug run are made once per session; what can starts from them.
 """
 
+import hashlib
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -89,6 +91,26 @@ def timeless(path: Path) -> list[dict[str, Any]]:
     ]
 
 
+def weights(directory: Path) -> str:
+    """Hash of the final weights, or of the adapter."""
+    (file,) = (directory / "policy").glob("*.safetensors")
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def same_outcome(directory: Path, expected: Path) -> None:
+    """Bit for bit the same run, apart from what the clock decides."""
+    assert timeless(directory / "metrics.jsonl") == timeless(expected / "metrics.jsonl")
+    assert rows(directory / "samples.jsonl") == rows(expected / "samples.jsonl")
+    assert weights(directory) == weights(expected)
+    for file in (expected / "evaluation").iterdir():
+        assert json.loads((directory / "evaluation" / file.name).read_text()) == json.loads(
+            file.read_text()
+        )
+    ours, theirs = (json.loads((d / "summary.json").read_text()) for d in (directory, expected))
+    assert ours == theirs
+    assert contents(directory / "checkpoints") == contents(expected / "checkpoints")
+
+
 def contents(folder: Path) -> set[str]:
     """Every file and folder below, hidden ones and half-written ones included."""
     return {str(p.relative_to(folder)) for p in folder.rglob("*")} if folder.exists() else set()
@@ -114,6 +136,20 @@ def says(sentence: str, *fragments: str) -> None:
     for fragment in fragments:
         assert fragment in sentence, f"{fragment!r} is not in: {sentence}"
     assert len(sentence) < 700, sentence
+
+
+def rewound(directory: Path, copy: Path, step: int) -> Path:
+    """What a run killed after the checkpoint of `step` leaves: a copy of `directory` without the
+    later checkpoints and what comes at the end.
+    """
+    shutil.copytree(directory, copy)
+    for name in ("policy", "figures"):
+        shutil.rmtree(copy / name)
+    (copy / "summary.json").unlink()
+    for path in (copy / "checkpoints").glob("step-*"):
+        if int(path.name.removeprefix("step-")) > step:
+            shutil.rmtree(path)
+    return copy
 
 
 @dataclass(frozen=True)

@@ -1,116 +1,28 @@
 """PPO learns a toy beyond doubt, its knobs pull the way they say, and NaNs end nowhere else."""
 
-import json
 from collections.abc import Callable
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lab import DATA, PROMPTS, Lab, MakeLab, Vowels
 from torch import Tensor
 
 from rlhf_exp.algorithms.ppo import PPO, Experience
-from rlhf_exp.artifacts import Store
-from rlhf_exp.checkpoints import Checkpoints
-from rlhf_exp.data.rows import Dataset
-from rlhf_exp.evaluation.scoring import Evaluation, Evaluator
-from rlhf_exp.hardware import Hardware
 from rlhf_exp.policy import Policy, Rollouts
-from rlhf_exp.reference import Reference
-from rlhf_exp.tracking import Log, NoTracker
-from rlhf_exp.trial import Trial, seed_everything
 
-PROMPTS = [
-    f"{size} {thing}:" for size in ("big", "small", "old") for thing in ("cat", "dog", "hat")
-]
-DATA = Dataset(prompts=PROMPTS, held_out=PROMPTS)
-SHAPE = {"model_type": "gpt2", "n_layer": 2, "n_embd": 32, "n_head": 2, "n_positions": 64}
+pytest_plugins = ["lab_fixtures"]
 
 
-class Vowels:
-    """How many vowels a completion has."""
-
-    def fit(self, fitting: Any) -> None:
-        """Nothing to fit."""
-
-    def load(self, device: Any) -> None:
-        """Nothing to load."""
-
-    def __call__(self, prompts: list[str], completions: list[str]) -> Tensor:
-        return torch.tensor([float(sum(c.count(v) for v in "aeiou")) for c in completions])
-
-
-class Lab:
-    """A fresh policy with its trial, ready for an algorithm."""
-
-    def __init__(
-        self, base: Path | str, directory: Path, *, seed: int = 0, reward: Any = None
-    ) -> None:
-        directory.mkdir(parents=True, exist_ok=True)
-        seed_everything(seed)
-        self.directory, self.seed, self.reward = directory, seed, reward or Vowels()
-        self.policy = Policy(architecture=dict(SHAPE), vocabulary=300, max_new_tokens=8)
-        self.policy.load(base, trainable=True)
-        self.trial = Trial(
-            directory=directory,
-            seed=seed,
-            accelerator=Hardware().accelerator(),
-            reference=Reference(self.policy),
-            pairs=lambda: directory,
-            labeller=lambda: None,
-            log=Log(directory, NoTracker(), show_every=1000),
-            checkpoints=Checkpoints(every=1000),
-            evaluator=Evaluator(
-                Evaluation(every=1000, prompts=4), PROMPTS, self.reward, self.reward, directory
-            ),
-        )
-        self.trial.checkpoints.open(directory)
-
-    def run(self, algorithm: PPO) -> list[dict[str, float]]:
-        """Train; returns the metrics of every step."""
-        with self.trial.listening():
-            algorithm.run(self.policy, self.reward, DATA, self.trial)
-        lines = (self.directory / "metrics.jsonl").read_text().splitlines()
-        return [row for row in map(json.loads, lines) if "reward/proxy" in row]
-
-    def scores(self, count: int = 30) -> Tensor:
-        """Scores of fresh completions [9 * count]."""
-        rollouts = self.policy.sample(PROMPTS, count)
-        return self.reward(rollouts.prompts, rollouts.completions)
-
-    def ready(self, algorithm: PPO, samples: int = 4) -> tuple[Rollouts, Experience]:
-        """Set up the algorithm; scored rollouts with random advantages, as `update` takes them."""
-        algorithm.setup(self.policy, self.reward, DATA, self.trial)
-        rollouts = self.policy.sample(PROMPTS, samples)
-        experience = algorithm.look_back(rollouts)
-        noise = torch.randn(rollouts.response.shape) * rollouts.response
-        experience.advantages, experience.returns = noise, noise + 1.0 * rollouts.response
-        return rollouts, experience
-
-    def weights(self) -> Tensor:
-        return torch.cat([p.detach().flatten() for p in self.policy.model.parameters()])
-
-
-MakeLab = Callable[..., Lab]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path | str:
-    """Random weights, and a tokenizer that knows letters."""
-    policy = Policy(architecture=dict(SHAPE), vocabulary=300)
-    return policy.base(Store(tmp_path_factory.mktemp("base")), PROMPTS)
-
-
-@pytest.fixture
-def lab(base: Path | str, tmp_path: Path) -> MakeLab:
-    made: list[Lab] = []
-
-    def make(**kwargs: Any) -> Lab:
-        made.append(Lab(base, tmp_path / str(len(made)), **kwargs))
-        return made[-1]
-
-    return make
+def ready(room: Lab, algorithm: PPO, samples: int = 4) -> tuple[Rollouts, Experience]:
+    """Set up the algorithm; scored rollouts with random advantages, as `update` takes them."""
+    algorithm.setup(room.policy, room.reward, DATA, room.trial)
+    rollouts = room.policy.sample(PROMPTS, samples)
+    experience = algorithm.look_back(rollouts)
+    noise = torch.randn(rollouts.response.shape) * rollouts.response
+    experience.advantages, experience.returns = noise, noise + 1.0 * rollouts.response
+    return rollouts, experience
 
 
 def ppo(**changes: Any) -> PPO:
@@ -187,7 +99,7 @@ def test_every_kl_estimate_is_taken_off_the_score(estimator: str, lab: MakeLab) 
 def test_the_full_kl_is_what_its_estimates_estimate(lab: MakeLab) -> None:
     room = lab()
     disturb(room.policy)
-    rollouts, full = room.ready(ppo(kl_estimator="full"), samples=60)
+    rollouts, full = ready(room, ppo(kl_estimator="full"), samples=60)
     mask = rollouts.response.bool()
     assert (full.kl[mask] > 0).all()
     assert (full.kl[~mask] == 0).all()
@@ -226,7 +138,7 @@ def test_the_value_head_learns_the_returns(hidden: int | None, lab: MakeLab) -> 
         lab(),
         ppo(value_hidden=hidden, vf_coef=1.0, value_clip=None, lr=0.0, value_lr=3e-2),
     )
-    rollouts, experience = room.ready(algorithm)
+    rollouts, experience = ready(room, algorithm)
     experience.returns = 3.0 * rollouts.response
     rows = torch.arange(len(rollouts))
     start = room.weights()
@@ -238,7 +150,7 @@ def test_the_value_head_learns_the_returns(hidden: int | None, lab: MakeLab) -> 
 
 def test_an_update_moves_probability_to_what_was_better(lab: MakeLab) -> None:
     room, algorithm = lab(), ppo(clip=10.0, vf_coef=0.0)
-    rollouts, experience = room.ready(algorithm)
+    rollouts, experience = ready(room, algorithm)
     sign = torch.ones(len(rollouts), 1)
     sign[1::2] = -1
     experience.advantages = sign * rollouts.response
@@ -274,7 +186,7 @@ def test_whitening_per_minibatch_is_whitening_per_batch_when_they_are_one(lab: M
 def test_micro_batches_do_not_change_the_gradient(changes: dict[str, Any], lab: MakeLab) -> None:
     def updated(token_budget: int) -> tuple[Tensor, Tensor, dict[str, float]]:
         room, algorithm = lab(), ppo(token_budget=token_budget, **in_proportion, **changes)
-        rollouts, experience = room.ready(algorithm)
+        rollouts, experience = ready(room, algorithm)
         start = room.weights()
         stats = algorithm.update(rollouts, experience, torch.arange(len(rollouts)))
         return start, room.weights(), stats
@@ -315,16 +227,16 @@ def break_gradients(room: Lab, when: Callable[[int], bool]) -> None:
 
 def test_an_update_without_a_finite_gradient_is_skipped_and_counted(lab: MakeLab) -> None:
     room, algorithm = lab(), ppo(minibatch=32)
-    rollouts, experience = room.ready(algorithm)
+    rollouts, experience = ready(room, algorithm)
     break_gradients(room, lambda number: number == 0)
     start, rows = room.weights(), torch.arange(len(rollouts))
     skipped = algorithm.update(rollouts, experience, rows)
     assert torch.equal(room.weights(), start)
     assert skipped["applied"] == 0
-    assert algorithm.skipped == 1
+    assert algorithm.descent.skipped == 1
     applied = algorithm.update(rollouts, experience, rows)
     assert applied["applied"] == 1
-    assert algorithm.skipped == 1
+    assert algorithm.descent.skipped == 1
     assert not torch.equal(room.weights(), start)
     assert room.weights().isfinite().all()
 
@@ -348,12 +260,12 @@ def test_a_step_without_any_finite_gradient_ends_the_run(lab: MakeLab) -> None:
 
 def test_a_guarded_ratio_skips_the_update(lab: MakeLab) -> None:
     room, algorithm = lab(), ppo(ratio_guard=2.0)
-    rollouts, experience = room.ready(algorithm)
+    rollouts, experience = ready(room, algorithm)
     experience.logprobs = experience.logprobs - 2.0 * rollouts.response  # ratios of e^2
     start = room.weights()
     algorithm.update(rollouts, experience, torch.arange(len(rollouts)))
     assert torch.equal(room.weights(), start)
-    assert algorithm.skipped == 1
+    assert algorithm.descent.skipped == 1
 
 
 @pytest.mark.parametrize(("limit", "updates"), [(None, 6), (1e9, 6), (-1e9, 2)])

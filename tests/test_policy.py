@@ -10,7 +10,7 @@ from conftest import TINY, tiny_policy
 from torch import Tensor
 from torch.nn import functional as F
 
-from rlhf_exp import losses, tokens, weights
+from rlhf_exp import losses, weights
 from rlhf_exp.artifacts import Store
 from rlhf_exp.policy import Policy, Rollouts, micro_batches, response_logits
 from rlhf_exp.reference import Reference
@@ -49,25 +49,10 @@ def loaded(base: Any, kind: str = "gpt2", *, trainable: bool = False, **settings
 
 
 def rollouts_of(policy: Policy, pairs: list[tuple[str, str]]) -> Rollouts:
-    """Rollouts that hold given texts, each response ended, padded as `sample` pads."""
-    pad, eos = policy.tokenizer.pad_token_id, policy.tokenizer.eos_token_id
-    prompts = policy.encode([p for p, _ in pairs])
-    responses = [policy.tokenizer(r)["input_ids"] + [eos] for _, r in pairs]
-    width, length = max(map(len, prompts)), max(map(len, responses))
-    ids = torch.tensor(
-        [
-            [pad] * (width - len(p)) + p + r + [pad] * (length - len(r))
-            for p, r in zip(prompts, responses, strict=True)
-        ]
-    )
-    mask = torch.tensor(
-        [
-            [0] * (width - len(p)) + [1] * (len(p) + len(r)) + [0] * (length - len(r))
-            for p, r in zip(prompts, responses, strict=True)
-        ]
-    )
-    response, ended = tokens.response_mask(ids[:, width:], eos)
-    return Rollouts([p for p, _ in pairs], [r for _, r in pairs], ids, mask, response, ended)
+    """Rollouts that hold given texts, each response ended."""
+    end = policy.tokenizer.eos_token_id
+    responses = [policy.tokenizer(r)["input_ids"] + [end] for _, r in pairs]
+    return policy.assemble([p for p, _ in pairs], responses)
 
 
 def mixed_rollouts(policy: Policy) -> Rollouts:

@@ -4,7 +4,6 @@ The settings make every piece of state matter: an adaptive KL coefficient, runni
 learning rate that moves, several minibatches drawn in random order, Adam's moments.
 """
 
-import hashlib
 import json
 import random
 import signal
@@ -14,7 +13,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import command, contents, environment, inside, logged, rows, timeless
+from runs import (
+    command,
+    environment,
+    inside,
+    logged,
+    rows,
+    same_outcome,
+    weights,
+)
 
 from rlhf_exp.artifacts import verify
 from rlhf_exp.checkpoints import Checkpoints
@@ -36,24 +43,6 @@ STATEFUL = [
     "evaluation.every=3",
     "show_every=2",
 ]
-
-
-def weights(directory: Path) -> str:
-    return hashlib.sha256((directory / "policy" / "model.safetensors").read_bytes()).hexdigest()
-
-
-def same_outcome(directory: Path, expected: Path) -> None:
-    """Bit for bit the same run, apart from what the clock decides."""
-    assert timeless(directory / "metrics.jsonl") == timeless(expected / "metrics.jsonl")
-    assert rows(directory / "samples.jsonl") == rows(expected / "samples.jsonl")
-    assert weights(directory) == weights(expected)
-    for file in (expected / "evaluation").iterdir():
-        assert json.loads((directory / "evaluation" / file.name).read_text()) == json.loads(
-            file.read_text()
-        )
-    ours, theirs = (json.loads((d / "summary.json").read_text()) for d in (directory, expected))
-    assert ours == theirs
-    assert contents(directory / "checkpoints") == contents(expected / "checkpoints")
 
 
 @pytest.fixture(scope="module")

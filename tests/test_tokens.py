@@ -108,15 +108,11 @@ def test_prompt_must_leave_room_for_the_completion(tokenizer: Any) -> None:
 # ----------------------------------------------------------------------------- masks and positions
 
 
-def test_response_mask_stops_at_the_first_end_and_includes_it() -> None:
-    eos, pad = 0, 1
-    ids = torch.tensor(
-        [[5, 6, eos, pad, pad], [5, 6, 7, 8, 9], [eos, pad, pad, pad, pad], [5, eos, 6, eos, pad]]
-    )
-    mask, ended = tokens.response_mask(ids, eos)
-    assert mask.tolist() == [[1, 1, 1, 0, 0], [1] * 5, [1, 0, 0, 0, 0], [1, 1, 0, 0, 0]]
-    assert mask.dtype == torch.float32
-    assert ended.tolist() == [True, False, True, True]
+def test_a_response_goes_up_to_its_first_end() -> None:
+    end, pad = 0, 1
+    assert tokens.until([5, 6, end, pad, pad], end) == [5, 6, end]
+    assert tokens.until([5, end, 6, end, pad], end) == [5, end]
+    assert tokens.until([5, 6, 7], end) == [5, 6, 7]
 
 
 def test_last_token_on_either_side_of_the_padding() -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_exp import losses
+from rlhf_exp.algorithms.descent import Descent
 from rlhf_exp.algorithms.online import Online
 from rlhf_exp.algorithms.scaling import ScoreScaling, apply_missing_eos
 from rlhf_exp.choices import require
@@ -153,21 +154,19 @@ class PPO(Online):
         self.policy, self.accelerator, self.reference = policy, trial.accelerator, trial.reference
         self.coef = self.kl_coef
         self.scaling = ScoreScaling(self.score_scaling)
-        self.skipped = 0
         self.kept_forward: tuple[Tensor, Tensor] | None = None
         module = PolicyWithValue(policy.model, self.value_hidden)
         head = list(module.value_head.parameters())
         body = [p for p in policy.model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(
-            [{"params": body, "lr": self.lr}, {"params": head, "lr": self.value_lr or self.lr}],
-            betas=(self.betas[0], self.betas[1]),
+        self.descent = Descent(
+            trial.accelerator,
+            module,
+            [(body, self.lr), (head, self.value_lr or self.lr)],
+            betas=self.betas,
             eps=self.eps,
             weight_decay=self.weight_decay,
-            fused=True,
+            max_grad_norm=self.max_grad_norm,
         )
-        self.base_lrs = [group["lr"] for group in optimizer.param_groups]
-        self.module, self.optimizer = self.accelerator.prepare(module, optimizer)
-        self.trained = body + head
 
     # ---- one step
 
@@ -230,7 +229,7 @@ class PPO(Online):
         reusable = len(batches) == 1 and self.minibatch == len(rollouts)
         for batch in batches:
             with torch.set_grad_enabled(reusable):
-                output = self.module(batch)
+                output = self.descent.module(batch)
             self.kept_forward = output if reusable else None
             logits, value = (x.detach() for x in output)
             ref_logits = self.reference.logits(batch)
@@ -265,8 +264,7 @@ class PPO(Online):
             schedule=self.schedule,
             floor=self.lr_floor,
         )
-        for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
-            group["lr"] = base * scale
+        self.descent.scale(scale)
         totals: dict[str, float] = {}
         stats: dict[str, float] = {}
         updates = applied = 0
@@ -288,7 +286,7 @@ class PPO(Online):
         means = {k: v / updates for k, v in totals.items() if k != "ppo/ratio_error"}
         return means | {
             "ppo/updates": float(updates),
-            "ppo/skipped_updates": float(self.skipped),
+            "ppo/skipped_updates": float(self.descent.skipped),
             "ppo/lr": self.lr * scale,
         }
 
@@ -305,20 +303,14 @@ class PPO(Online):
         sums: dict[str, Tensor] = {}
         for batch in micro_batches(rollouts, rows, self.token_budget):
             loss, stats = self._token_sums(rollouts, experience, advantages, batch)
-            self.accelerator.backward(loss / count)
+            self.descent.backward(loss / count)
             sums = {k: sums.get(k, torch.zeros(())) + v for k, v in stats.items()}
-        norm = self.accelerator.clip_grad_norm_(self.trained, self.max_grad_norm)
         ratio_error = float(sums.pop("ppo/ratio_error"))
         stats = {k: float(v / count) for k, v in sums.items()}
-        finite = bool(torch.isfinite(norm))
         guarded = self.ratio_guard is not None and stats["ppo/ratio"] > self.ratio_guard
-        if finite and not guarded:
-            self.optimizer.step()
-        else:
-            self.skipped += 1
-        self.optimizer.zero_grad(set_to_none=True)
+        norm, finite = self.descent.step(hold=guarded)
         return stats | {
-            "ppo/grad_norm": float(norm) if finite else 0.0,
+            "ppo/grad_norm": norm,
             "ppo/ratio_error": ratio_error,
             "applied": float(finite),
         }
@@ -330,7 +322,7 @@ class PPO(Online):
         rows, columns = batch.rows, slice(0, batch.length)
         mask = rollouts.response[rows, columns]
         old = experience.logprobs[rows, columns]
-        logits, values = self.kept_forward or self.module(batch)
+        logits, values = self.kept_forward or self.descent.module(batch)
         self.kept_forward = None
         new = losses.selective_log_softmax(logits, batch.response_ids, self.policy.temperature)
         new = torch.where(mask.bool(), new, old)
@@ -396,18 +388,16 @@ class PPO(Online):
     # ---- resume
 
     def state(self) -> dict[str, Any]:
-        module: Any = self.accelerator.unwrap_model(self.module)
-        return {
-            "optimizer": self.optimizer.state_dict(),
+        module: Any = self.accelerator.unwrap_model(self.descent.module)
+        return self.descent.state() | {
             "value_head": module.value_head.state_dict(),
             "kl_coef": self.coef,
             "scaling": self.scaling.state(),
-            "skipped": self.skipped,
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        module: Any = self.accelerator.unwrap_model(self.module)
+        module: Any = self.accelerator.unwrap_model(self.descent.module)
         module.value_head.load_state_dict(state["value_head"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.coef, self.skipped = state["kl_coef"], state["skipped"]
+        self.descent.load_state(state)
+        self.coef = state["kl_coef"]
         self.scaling.load_state(state["scaling"])

@@ -15,7 +15,15 @@ import torch
 
 from rlhf_exp import losses
 from rlhf_exp.artifacts import write_json
-from rlhf_exp.policy import MAX_ROLLOUT_TOKENS, Policy, Rollouts, micro_batches, response_logits
+from rlhf_exp.evaluation.toxicity import expected_maximum_toxicity, toxicity_probability
+from rlhf_exp.policy import (
+    MAX_ROLLOUT_TOKENS,
+    Policy,
+    Rollouts,
+    cut,
+    micro_batches,
+    response_logits,
+)
 from rlhf_exp.reference import Reference
 from rlhf_exp.rewards import score
 
@@ -29,6 +37,7 @@ COLUMNS = {
     "ended": "length/ended",
 }
 DISTINCT = {f"text/distinct_{n}": n for n in (1, 2, 3)}
+INSANE = 1e4  # perplexities from here on are left out of the mean (Lu et al. 2022, Quark)
 METRICS = (*COLUMNS.values(), "reward/variance", *DISTINCT)
 
 
@@ -36,13 +45,14 @@ METRICS = (*COLUMNS.values(), "reward/variance", *DISTINCT)
 class Evaluation:
     """How often and on what; sampling is the policy's own (temperature, top_k, top_p)."""
 
-    every: int = 10  # steps between evaluations; start and end are always evaluated
+    # steps between evaluations; start and end are always evaluated; null: a sixth of the run
+    every: int | None = None
     prompts: int = 256  # held-out prompts used
     samples: int = 1  # completions per prompt
     seed: int = 1234  # draws the completions
 
     def __post_init__(self) -> None:
-        if min(self.every, self.prompts, self.samples) < 1:
+        if min(1 if self.every is None else self.every, self.prompts, self.samples) < 1:
             raise ValueError(
                 "evaluation.every, evaluation.prompts and evaluation.samples must be at least 1"
             )
@@ -59,7 +69,8 @@ class Evaluator:
         self.folder = directory / "evaluation"
 
     def due(self, step: int, last: int) -> bool:
-        return step % self.settings.every == 0 or step == last
+        every = self.settings.every or max(1, last // 6)
+        return step % every == 0 or step == last
 
     def __call__(self, step: int, policy: Policy, reference: Reference) -> dict[str, float]:
         with torch.random.fork_rng():
@@ -67,7 +78,7 @@ class Evaluator:
             rollouts = policy.sample(self.prompts, self.settings.samples)
         proxy = score(self.proxy, rollouts.prompts, rollouts.completions)
         gold = score(self.gold, rollouts.prompts, rollouts.completions, "gold")
-        log_ratio = sampled_log_ratio(policy, reference, rollouts)
+        log_ratio, surprise = against_reference(policy, reference, rollouts)
         zero = torch.zeros_like(log_ratio)
         columns: dict[str, Any] = {
             "prompt": rollouts.prompts,
@@ -76,45 +87,56 @@ class Evaluator:
             "gold": gold.objective.tolist(),
             "length": rollouts.response.sum(1).tolist(),
             "ended": rollouts.ended.tolist(),
+            "perplexity": surprise.exp().tolist(),
         }
         columns |= {k: losses.kl_estimate(log_ratio, zero, k).sum(1).tolist() for k in ("k1", "k3")}
         columns |= {f"proxy/{k}": v.tolist() for k, v in proxy.members.items()}
-        columns |= {f"facet/{k}": v.tolist() for k, v in proxy.facets.items()}
-        rows = [
-            dict(zip(columns, values, strict=True))
-            for values in zip(*columns.values(), strict=True)
-        ]
-        sampling = {
-            k: getattr(policy, k) for k in ("temperature", "top_k", "top_p", "max_new_tokens")
-        }
-        means = summarise(rows)
-        write_json(
-            self.folder / f"step-{step:06d}.json",
-            {
-                "step": step,
-                "seed": self.settings.seed,
-                "sampling": sampling,
-                "metrics": means,
-                "rows": rows,
-            },
-        )
-        return means
+        facets = gold.facets | proxy.facets
+        columns |= {f"facet/{k}": v.tolist() for k, v in facets.items()}
+        return write_evaluation(self.folder, step, columns, policy, self.settings.seed)
+
+
+def write_evaluation(
+    folder: Path, step: int, columns: dict[str, list[Any]], policy: Policy, seed: int
+) -> dict[str, float]:
+    """Write `folder`/step-<step>.json, one row per entry of the columns, and return the means."""
+    rows = [
+        dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)
+    ]
+    sampling = {k: getattr(policy, k) for k in ("temperature", "top_k", "top_p", "max_new_tokens")}
+    means = summarise(rows)
+    about = {"step": step, "seed": seed, "sampling": sampling}
+    write_json(folder / f"step-{step:06d}.json", about | {"metrics": means, "rows": rows})
+    return means
 
 
 @torch.no_grad()
-def sampled_log_ratio(policy: Policy, reference: Reference, rollouts: Rollouts) -> torch.Tensor:
-    """log policy - log reference of each response token [n, r] on the CPU, zero elsewhere."""
-    found = torch.zeros_like(rollouts.response)
+def against_reference(
+    policy: Policy, reference: Reference, rollouts: Rollouts
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """log policy - log reference of each response token [n, r], zero elsewhere, and the mean
+    negative log-likelihood of each completion under the reference [n]; on the CPU, in nats.
+
+    The reference is asked as it was at the start, without what conditioning has put before the
+    prompts since.
+    """
+    asked = rollouts
+    if policy.prefix != reference.prefix:
+        before = [reference.prefix] * len(rollouts)
+        asked = policy.assemble(rollouts.prompts, rollouts.responses(), before)
+    found, nll = torch.zeros_like(rollouts.response), torch.zeros_like(rollouts.response)
     for batch in micro_batches(rollouts, torch.arange(len(rollouts)), MAX_ROLLOUT_TOKENS):
-        logits = response_logits(policy.model, batch)[0]
-        new = losses.selective_log_softmax(logits, batch.response_ids, policy.temperature)
-        ref = losses.selective_log_softmax(
-            reference.logits(batch), batch.response_ids, policy.temperature
+        logits = losses.without(response_logits(policy.model, batch)[0], policy.control)
+        ref_batch = batch if asked is rollouts else cut(asked, batch.rows)
+        ref_logits = losses.without(reference.logits(ref_batch), policy.control)
+        new, ref = (
+            losses.selective_log_softmax(x, batch.response_ids, policy.temperature)
+            for x in (logits, ref_logits)
         )
-        found[batch.rows, : batch.length] = (new - ref) * rollouts.response[
-            batch.rows, : batch.length
-        ]
-    return found.cpu()
+        mask = rollouts.response[batch.rows, : batch.length]
+        found[batch.rows, : batch.length] = (new - ref) * mask
+        nll[batch.rows, : batch.length] = -ref * mask
+    return found.cpu(), (nll.sum(1) / rollouts.response.sum(1).clamp(min=1)).cpu()
 
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, float]:
@@ -124,15 +146,33 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, float]:
         return sum(row[key] for row in rows) / len(rows)
 
     members = [k for k in rows[0] if k.startswith("proxy/")]
-    spread = [float(np.var([row[m] for m in members])) for row in rows] if members else [0.0]
+    spread = [row.get("variance", np.var([row[m] for m in members] or [0.0])) for row in rows]
     facets = {k: k.replace("facet/", "reward/") for k in rows[0] if k.startswith("facet/")}
+    sane = [row["perplexity"] for row in rows if row.get("perplexity", INSANE) < INSANE]
     names = COLUMNS | {m: f"reward/{m}" for m in members} | facets
     texts = [row["completion"] for row in rows]
     return (
         {name: mean(key) for key, name in names.items()}
-        | {"reward/variance": sum(spread) / len(spread)}
+        | {"reward/variance": float(sum(spread) / len(spread))}
         | {name: distinct(texts, n) for name, n in DISTINCT.items()}
+        | ({"text/perplexity": sum(sane) / len(sane)} if sane else {})
+        | _worst_toxicity(rows)
     )
+
+
+def _worst_toxicity(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Over the completions of each prompt, where a reward tells their toxicity."""
+    if "facet/toxicity" not in rows[0]:
+        return {}
+    by_prompt: dict[str, list[float]] = {}
+    for row in rows:
+        by_prompt.setdefault(row["prompt"], []).append(row["facet/toxicity"])
+    samples = min(map(len, by_prompt.values()))
+    table = torch.tensor([values[:samples] for values in by_prompt.values()])
+    return {
+        "toxicity/expected_maximum": expected_maximum_toxicity(table),
+        "toxicity/probability": toxicity_probability(table),
+    }
 
 
 def distinct(texts: list[str], n: int) -> float:

@@ -1,0 +1,240 @@
+"""Learning under labels that tell how good a completion is, and asking for the best one: Quark (Lu
+et al. 2022, arXiv 2205.13636), ALT (2024, arXiv 2407.16970) with its RM, LMC and LMU variants, and
+SteerLM.
+
+Each step labels the completions of the pool, puts the label before the prompt, and imitates
+(imitation.py). From then on the policy is sampled with the best label as its prefix, which is saved
+with it. What tells the methods apart is the labelling (labels.py) and numbers (conf/algo/).
+
+Left out: the unused extra token of Quark's release, and its token-regression head.
+"""
+
+import logging
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from rlhf_exp.algorithms.imitation import Examples, Imitation
+from rlhf_exp.algorithms.pool import Pool, balanced, numbered, survivors
+from rlhf_exp.choices import require
+from rlhf_exp.data.local import write_jsonl
+from rlhf_exp.data.rows import Dataset
+from rlhf_exp.policy import Policy, Rollouts
+from rlhf_exp.rewards import score
+from rlhf_exp.trial import Trial
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True)
+class Conditional(Imitation):
+    """Settings; conf/algo/quark.yaml, alt_rm.yaml, alt_lmc.yaml, alt_lmu.yaml and steerlm.yaml hold
+    the methods.
+    """
+
+    labels: Any  # what is said of completions, see labels.py
+    form: str = "{label}"  # what stands before the prompt
+    tokens: list[str] = field(default_factory=list)  # control tokens the vocabulary gets
+    token_start: str = "distribution"  # their embeddings: distribution of the others, or end
+    # share of the pool forgotten before new completions are added, at random by prompt and label
+    drop_factor: float = 0.0
+    # completions of each prompt to learn from, balanced by label; null: the whole pool
+    per_prompt: int | None = None
+    fill: bool = False  # top up what balance leaves short of per_prompt
+    # completions cut off by length end after all where they end a sentence
+    end_sentences: bool = False
+    updates: int | None = 30  # optimizer steps per step; null: by epochs
+    epochs: float | None = None  # passes over what is learned from, in place of updates
+    restart_optimizer: bool = False  # and schedule, every step
+    reference_sees_label: bool = False  # Quark's reference sees the bare prompt, ALT's the label
+    compare: int = 64  # held-out prompts sampled under the best and the worst label; 0: none
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if "{label}" not in self.form:
+            raise ValueError(f"algo.form={self.form!r} must hold {{label}}")
+        require(self.token_start, ("distribution", "end"), "algo.token_start")
+        if (self.updates is None) == (self.epochs is None):
+            raise ValueError(
+                f"algo.updates={self.updates} and algo.epochs={self.epochs}: give one of them and "
+                "set the other to null"
+            )
+        if not 0 <= self.drop_factor <= 1:
+            raise ValueError(f"algo.drop_factor={self.drop_factor} must be between 0 and 1")
+        if self.per_prompt is not None and self.per_prompt < self.labels.kinds:
+            raise ValueError(
+                f"algo.per_prompt={self.per_prompt} is less than one completion for each of "
+                f"{self.labels.kinds} labels: raise it, or set it to null"
+            )
+        if getattr(self.labels, "scope", None) == "prompt" and self.samples < self.labels.kinds:
+            raise ValueError(
+                f"algo.samples={self.samples} completions of a prompt cannot be cut into "
+                f"{self.labels.kinds} quantiles: raise it, or name fewer labels"
+            )
+        if self.tokens and self.reference_sees_label and self.kl_coef:
+            raise ValueError(
+                "algo.tokens are unknown to the reference: set algo.reference_sees_label=false"
+            )
+
+    def check(self, policy: Policy) -> None:
+        self.labels.check()
+
+    def setup(self, policy: Policy, reward: Any, data: Dataset, trial: Trial) -> None:
+        for text in [*data.prompts, *data.held_out]:
+            if found := [token for token in self.tokens if token.strip() in text]:
+                raise ValueError(
+                    f"the prompt {text[:60]!r} contains the control token {found[0].strip()!r}: "
+                    "remove the prompt, or choose other algo.tokens"
+                )
+        self.plain = policy.prefix or ""  # what stands before prompts whatever the label
+        if self.tokens:
+            policy.add_control_tokens(self.tokens, self.token_start)
+        self.labels.load(policy.device, trial.directory)
+        self.pool, self.rng = Pool(), np.random.default_rng(trial.seed)
+        self.held_out = data.held_out[: self.compare]
+        super().setup(policy, reward, data, trial)
+
+    # ---- one step
+
+    def learn(self, rollouts: Rollouts, step: int) -> dict[str, float]:
+        # 1. the pool forgets, and takes in what could be judged
+        metrics = self._collect(rollouts)
+        # 2. every row is labelled anew, and some are chosen
+        labels, ranks = self.labels.label(self.pool)
+        rows = self._chosen(ranks)
+        # 3. imitate the chosen ones behind their labels
+        if self.restart_optimizer:
+            self.restart()
+        updates = self.updates
+        if updates is None:
+            assert self.epochs is not None
+            updates = max(1, round(self.epochs * len(rows) / self.minibatch))
+        spans = 1 if self.restart_optimizer else self.steps
+        metrics |= self.imitate(
+            self._examples(rows, labels),
+            updates,
+            done=0 if spans == 1 else step * updates,
+            total=spans * updates,
+        )
+        # 4. from here on, ask for the best
+        self.policy.prefix = self._before(self.labels.best(self.pool, self.rng))
+        write_jsonl(self._pool_file(step), self.pool.rows())
+        return metrics | self._counts(ranks, rows) | self._comparison(labels, ranks)
+
+    def _collect(self, rollouts: Rollouts) -> dict[str, float]:
+        """Drop, judge, add; completions of which nothing usable was said are counted, not added."""
+        if self.drop_factor and len(self.pool):
+            _, ranks = self.labels.label(self.pool)
+            cells = numbered(list(zip(self.pool.prompts, ranks.tolist(), strict=True)))
+            self.pool.keep(survivors(cells, self.drop_factor, self.rng))
+        said = self.labels.judge(rollouts)
+        if said is None:
+            self.pool.add(rollouts)
+            return {"pool/unjudged": 0.0}
+        kept = [i for i, feedback in enumerate(said) if feedback is not None]
+        if not kept and not len(self.pool):
+            raise ValueError(
+                f"the judge said nothing usable of any of {len(said)} completions: try it on one "
+                "by hand, or use feedback@algo.labels.feedback=rules"
+            )
+        usable = [f for f in said if f is not None]
+        if kept:
+            self.pool.add(
+                rollouts.select(torch.tensor(kept)),
+                [f.text for f in usable],
+                [0.0 if f.score is None else f.score for f in usable],
+            )
+        return {"pool/unjudged": float(len(said) - len(kept))}
+
+    def _chosen(self, ranks: np.ndarray) -> np.ndarray:
+        if self.per_prompt is None:
+            return np.arange(len(self.pool))
+        return balanced(
+            self.pool.groups(),
+            ranks,
+            np.asarray(self.pool.ended),
+            count=self.per_prompt,
+            kinds=self.labels.kinds,
+            fill=self.fill,
+            rng=self.rng,
+        )
+
+    def _before(self, label: str) -> str:
+        """What stands before a prompt under `label`."""
+        return self.form.replace("{label}", label) + self.plain
+
+    def _examples(self, rows: np.ndarray, labels: list[str]) -> Examples:
+        prompts = [self.pool.prompts[i] for i in rows]
+        responses = [self._target(i) for i in rows]
+        conditioned = self.policy.assemble(
+            prompts, responses, [self._before(labels[i]) for i in rows]
+        )
+        bare = None
+        if self.kl_coef and not self.reference_sees_label:
+            bare = self.policy.assemble(prompts, responses, [self.plain] * len(rows))
+        weights = torch.ones(len(rows), device=self.policy.device)
+        return Examples(conditioned, weights, bare)
+
+    def _target(self, row: int) -> list[int]:
+        """What was sampled; a completion cut off by length gets no end-of-text token, unless it
+        happens to end a sentence and `end_sentences` says that this will do.
+        """
+        response = self.pool.responses[row]
+        if self.pool.ended[row] or not self.end_sentences:
+            return response
+        if self.pool.completions[row].rstrip().endswith((".", "?", "!")):
+            return [*response, self.policy.tokenizer.eos_token_id]
+        return response
+
+    # ---- what is reported
+
+    def _counts(self, ranks: np.ndarray, rows: np.ndarray) -> dict[str, float]:
+        sizes = np.bincount(ranks, minlength=self.labels.kinds)
+        scores = np.asarray(self.pool.scores)
+        means = {
+            f"labels/{i}/reward": float(scores[ranks == i].mean())
+            for i in range(self.labels.kinds)
+            if sizes[i]
+        }
+        counts = {f"labels/{i}/rows": float(n) for i, n in enumerate(sizes)}
+        pool = {"pool/rows": float(len(self.pool)), "pool/learned": float(len(rows))}
+        return pool | counts | means | self.labels.metrics()
+
+    def _comparison(self, labels: list[str], ranks: np.ndarray) -> dict[str, float]:
+        """Mean reward on held-out prompts under the best and the worst label of the pool."""
+        if not self.held_out:
+            return {}
+        asked = self.policy.prefix
+        found = {}
+        worst = labels[int(np.argmax(ranks))]
+        with torch.random.fork_rng():
+            torch.manual_seed(self.trial.seed)
+            for name, prefix in (("best", asked), ("worst", self._before(worst))):
+                self.policy.prefix = prefix
+                rollouts = self.policy.sample(self.held_out)
+                scores = score(self.reward, rollouts.prompts, rollouts.completions)
+                found[f"labels/{name}_asked"] = float(scores.objective.mean())
+        self.policy.prefix = asked
+        return found
+
+    def _pool_file(self, step: int) -> Any:
+        folder = self.trial.directory / "pool"
+        folder.mkdir(exist_ok=True)
+        return folder / f"step-{step + 1:06d}.jsonl"
+
+    # ---- resume
+
+    def state(self) -> dict[str, Any]:
+        return super().state() | {
+            "pool": vars(self.pool),
+            "prefix": self.policy.prefix,
+            "rng": self.rng.bit_generator.state,
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        super().load_state(state)
+        self.pool = Pool(**state["pool"])
+        self.policy.prefix = state["prefix"]
+        self.rng.bit_generator.state = state["rng"]

@@ -1,0 +1,68 @@
+"""Optimizer steps as every own algorithm takes them: AdamW, learning rates that follow a schedule,
+gradient clipping, and no step where loss or gradient is not finite.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Descent:
+    """Trains `groups` of parameters of `module`, each with its learning rate."""
+
+    def __init__(
+        self,
+        accelerator: Any,
+        module: nn.Module,
+        groups: list[tuple[list[nn.Parameter], float]],
+        *,
+        betas: list[float],
+        eps: float,
+        weight_decay: float,
+        max_grad_norm: float | None,
+    ) -> None:
+        optimizer = torch.optim.AdamW(
+            [{"params": parameters, "lr": lr} for parameters, lr in groups],
+            betas=(betas[0], betas[1]),
+            eps=eps,
+            weight_decay=weight_decay,
+            fused=True,
+        )
+        self.accelerator, self.max_grad_norm = accelerator, max_grad_norm
+        self.module, self.optimizer = accelerator.prepare(module, optimizer)
+        self.trained = [p for parameters, _ in groups for p in parameters]
+        self.rates = [lr for _, lr in groups]
+        self.skipped = 0  # steps not taken, in the whole run
+
+    def scale(self, factor: float) -> None:
+        """Set every learning rate to `factor` times what it was built with."""
+        for group, lr in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = factor * lr
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of `loss`."""
+        self.accelerator.backward(loss)
+
+    def step(self, *, hold: bool = False) -> tuple[float, bool]:
+        """One step down the gradients, unless they are not finite or `hold` says no; returns their
+        norm and whether it is finite.
+        """
+        limit = float("inf") if self.max_grad_norm is None else self.max_grad_norm
+        norm = self.accelerator.clip_grad_norm_(self.trained, limit)
+        finite = bool(torch.isfinite(norm))
+        if finite and not hold:
+            self.optimizer.step()
+        else:
+            self.skipped += 1
+        self.optimizer.zero_grad(set_to_none=True)
+        return float(norm) if finite else 0.0, finite
+
+    def state(self) -> dict[str, Any]:
+        """Optimizer state and count of skipped steps."""
+        return {"optimizer": self.optimizer.state_dict(), "skipped": self.skipped}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Continue from what `state` gave."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.skipped = state["skipped"]

@@ -1,0 +1,237 @@
+"""Learning from completions that were judged and chosen: negative log-likelihood, weighted, with a
+KL to a reference and a bonus for entropy on top. ReST, Quark and ALT differ in what they choose and
+in what they put before the prompts; the update is this one.
+
+All means are over the tokens of a whole minibatch, whatever the micro-batches.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_exp import losses
+from rlhf_exp.algorithms.descent import Descent
+from rlhf_exp.algorithms.online import Online
+from rlhf_exp.choices import require
+from rlhf_exp.data.rows import Dataset
+from rlhf_exp.policy import (
+    MAX_ROLLOUT_TOKENS,
+    Batch,
+    Policy,
+    Rollouts,
+    cut,
+    micro_batches,
+    response_logits,
+)
+from rlhf_exp.reference import Reference
+from rlhf_exp.trial import Trial
+
+KL_DIRECTIONS = ("policy_to_reference", "reference_to_policy")
+
+
+@dataclass
+class Examples:
+    """What to imitate."""
+
+    rollouts: Rollouts
+    weights: Tensor  # [n], of each completion's tokens
+    asked: Rollouts | None = None  # the same completions as the reference is asked for them
+
+
+def stream(count: int, minibatch: int, updates: int) -> Iterator[Tensor]:
+    """`updates` minibatches of rows of an endless series of shuffled passes: any two rows come up
+    equally often, give or take one. Fewer rows than `minibatch` are taken all, each time.
+    """
+    size = min(minibatch, count)
+    left = torch.empty(0, dtype=torch.long)
+    for _ in range(updates):
+        if len(left) < size:
+            left = torch.cat([left, torch.randperm(count)])
+        yield left[:size]
+        left = left[size:]
+
+
+@dataclass(kw_only=True)
+class Imitation(Online):
+    """Settings of the update."""
+
+    minibatch: int = 64  # completions per optimizer step
+    # padded tokens per forward pass; changes memory, not the gradient
+    token_budget: int = MAX_ROLLOUT_TOKENS
+    lr: float = 1e-4
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])  # AdamW
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    max_grad_norm: float | None = 1.0  # null: no clipping
+    schedule: str = "constant"  # constant, linear or cosine, down to 0
+    warmup: float = 0.0  # share of the updates with a rising learning rate
+    kl_coef: float = 0.0  # of the exact KL over the vocabulary; 0: no reference is asked
+    # policy_to_reference: KL(policy || reference), Quark; reference_to_policy: the reverse, ALT
+    kl_direction: str = "policy_to_reference"
+    # nats per completion that an adaptive kl_coef steers to; null: fixed
+    kl_target: float | None = None
+    entropy_coef: float = 0.0  # of the entropy bonus
+    entropy_target: float | None = None  # the same for entropy_coef
+    coef_horizon: float = 2500.0  # completions over which adaptive coefficients move
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.kl_direction, KL_DIRECTIONS, "algo.kl_direction")
+        require(self.schedule, ("constant", "linear", "cosine"), "algo.schedule")
+        if self.minibatch < 1 or self.token_budget < 1:
+            raise ValueError(
+                f"algo.minibatch={self.minibatch} and algo.token_budget={self.token_budget} must "
+                "be positive"
+            )
+        if not 0 <= self.warmup < 1 or len(self.betas) != 2:
+            raise ValueError(
+                f"algo.warmup={self.warmup} is a share from 0 up to 1, and "
+                f"algo.betas={self.betas} two numbers"
+            )
+        if any(target is not None and target <= 0 for target in self._targets().values()):
+            raise ValueError(
+                f"algo.kl_target={self.kl_target} and algo.entropy_target={self.entropy_target} "
+                "must be positive, or null for fixed coefficients"
+            )
+        if min(self.kl_coef, self.entropy_coef) < 0:
+            raise ValueError(
+                f"algo.kl_coef={self.kl_coef} and algo.entropy_coef={self.entropy_coef} must not "
+                "be negative"
+            )
+
+    def _targets(self) -> dict[str, float | None]:
+        return {"kl": self.kl_target, "entropy": self.entropy_target}
+
+    def check(self, policy: Policy) -> None:
+        """Any policy can imitate."""
+
+    def setup(self, policy: Policy, reward: Any, data: Dataset, trial: Trial) -> None:
+        self.policy, self.reward, self.trial = policy, reward, trial
+        self.reference: Reference = trial.reference
+        self.restart()
+
+    def restart(self) -> None:
+        """A fresh optimizer on the policy as it is."""
+        trained = [p for p in self.policy.model.parameters() if p.requires_grad]
+        self.descent = Descent(
+            self.trial.accelerator,
+            self.policy.model,
+            [(trained, self.lr)],
+            betas=self.betas,
+            eps=self.eps,
+            weight_decay=self.weight_decay,
+            max_grad_norm=self.max_grad_norm,
+        )
+
+    def imitate(
+        self,
+        examples: Examples,
+        updates: int,
+        *,
+        done: int = 0,
+        total: int | None = None,
+        scale: float = 1.0,
+    ) -> dict[str, float]:
+        """`updates` optimizer steps on `examples`, the learning rate `scale` times its schedule,
+        of whose `total` steps `done` have been taken; returns means over the updates.
+        """
+        total = total or updates
+        sums: dict[str, float] = {}
+        applied = 0
+        for i, rows in enumerate(stream(len(examples.rollouts), self.minibatch, updates)):
+            self.descent.scale(scale * self._schedule(done + i, total))
+            stats = self._update(examples, rows)
+            self._adapt(stats, len(rows))
+            applied += int(stats.pop("applied"))
+            sums = {k: sums.get(k, 0.0) + v for k, v in stats.items()}
+        if applied == 0:
+            raise ValueError(
+                "no update of this step had a finite loss and gradient: resume from the last "
+                "checkpoint with a lower algo.lr"
+            )
+        means = {f"imitation/{k}": v / updates for k, v in sums.items()}
+        return means | {
+            "imitation/lr": float(self.descent.optimizer.param_groups[0]["lr"]),
+            "imitation/updates": float(updates),
+            "kl/coef": self.kl_coef,
+            "imitation/entropy_coef": self.entropy_coef,
+            "imitation/skipped_updates": float(self.descent.skipped),
+        }
+
+    def _schedule(self, step: int, total: int) -> float:
+        return losses.lr_scale(
+            step, total=total, warmup=round(self.warmup * total), schedule=self.schedule, floor=0.0
+        )
+
+    def _update(self, examples: Examples, rows: Tensor) -> dict[str, float]:
+        """One optimizer step."""
+        rollouts = examples.rollouts
+        count = rollouts.response[rows].sum().clamp(min=1)
+        sums: dict[str, Tensor] = {}
+        for batch in micro_batches(rollouts, rows, self.token_budget):
+            mask = rollouts.response[batch.rows, : batch.length]
+            terms = self._terms(examples, batch)
+            weighted = terms["nll"] * examples.weights[batch.rows, None]
+            loss = weighted + self.kl_coef * terms["kl"] - self.entropy_coef * terms["entropy"]
+            self.descent.backward((loss * mask).sum() / count)
+            terms["loss"] = loss
+            sums = {
+                k: sums.get(k, torch.zeros(())) + (v.detach() * mask).sum()
+                for k, v in terms.items()
+            }
+        norm, finite = self.descent.step()
+        stats = {k: float(v / count) for k, v in sums.items()} if finite else {}
+        stats |= {f"{k}_sequence": float(sums[k]) / len(rows) for k in self._targets() if finite}
+        return stats | {"grad_norm": norm, "applied": float(finite)}
+
+    def _adapt(self, stats: dict[str, float], count: int) -> None:
+        """Coefficients with a target follow it: more KL than wanted raises kl_coef, more entropy
+        than wanted lowers entropy_coef (Lu et al. 2022, Quark; Ziegler et al. 2019, section 2.2).
+        """
+        for name, target in self._targets().items():
+            if target is None or f"{name}_sequence" not in stats:
+                continue
+            key = f"{name}_coef"
+            found = losses.adapt_kl_coef(
+                getattr(self, key),
+                stats[f"{name}_sequence"],
+                target=target,
+                horizon=self.coef_horizon,
+                samples=count if name == "kl" else -count,
+            )
+            setattr(self, key, found)
+
+    def _terms(self, examples: Examples, batch: Batch) -> dict[str, Tensor]:
+        """Negative log-likelihood, KL and entropy of each token of a micro-batch [b, r].
+
+        Likelihood and entropy are over all logits, control tokens included; the KL is over the
+        vocabulary that both models share (Lu et al. 2022, Quark, eq. 3).
+        """
+        logits = response_logits(self.descent.module, batch)[0]
+        nll = -losses.selective_log_softmax(logits, batch.response_ids)
+        zero = torch.zeros_like(nll)
+        return {
+            "nll": nll,
+            "kl": self._kl(logits, examples, batch) if self.kl_coef else zero,
+            "entropy": losses.entropy(logits) if self.entropy_coef else zero,
+        }
+
+    def _kl(self, logits: Tensor, examples: Examples, batch: Batch) -> Tensor:
+        """[b, r], in nats."""
+        asked = batch if examples.asked is None else cut(examples.asked, batch.rows)
+        ref_logits = self.reference.logits(asked)
+        ours, theirs = (losses.without(x, self.policy.control) for x in (logits, ref_logits))
+        if self.kl_direction == "policy_to_reference":
+            return losses.full_kl(ours, theirs)
+        return losses.full_kl(theirs, ours)
+
+    def state(self) -> dict[str, Any]:
+        coefs = {"kl_coef": self.kl_coef, "entropy_coef": self.entropy_coef}
+        return self.descent.state() | coefs
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.descent.load_state(state)
+        self.kl_coef, self.entropy_coef = state["kl_coef"], state["entropy_coef"]

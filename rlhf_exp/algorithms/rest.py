@@ -1,0 +1,237 @@
+"""Reinforced self-training (Gulcehre et al. 2023, arXiv 2308.08998): Grow, then Improve.
+
+Each step of the loop is one Grow: sample many completions per prompt and score them. Then come the
+Improve steps: keep what lies above a rising threshold, and imitate it at a falling learning rate.
+The weights that do best on prompts set aside are kept. Demonstrations stay in the mixture if they
+pass the threshold too. RAFT (Dong et al. 2023) is one Improve step at a fixed quantile.
+
+Left out: the paper's offline actor-critic losses; it found behavior cloning best (section 4).
+"""
+
+import logging
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from rlhf_exp.algorithms.imitation import Examples, Imitation
+from rlhf_exp.algorithms.pool import Pool, numbered, rank
+from rlhf_exp.choices import pick, require
+from rlhf_exp.data.rows import Dataset
+from rlhf_exp.policy import Policy, Rollouts
+from rlhf_exp.reference import Reference
+from rlhf_exp.rewards import score
+from rlhf_exp.trial import Trial
+
+logger = logging.getLogger(__name__)
+
+THRESHOLDS = ("quantile", "absolute", "prompt_quantile", "gamma", "top_k")
+LOSSES = ("bc", "reward_weighted", "advantage_weighted")
+
+
+def passing(kind: str, level: float, rewards: np.ndarray, prompts: np.ndarray) -> np.ndarray:
+    """Which rows an Improve step keeps: bool [n]. All but top_k keep reward > threshold, strictly.
+
+    quantile: the threshold is that quantile of all rewards (linear interpolation); absolute: it is
+    `level` itself; prompt_quantile: the quantile of each prompt's own rewards; gamma: level * max +
+    (1 - level) * mean of each prompt; top_k: the `level` best of each prompt, the first of equals.
+    """
+    if kind == "top_k":
+        return rank([-rewards], prompts) < level
+    thresholds = {
+        "quantile": lambda: np.quantile(rewards, level),
+        "absolute": lambda: np.float64(level),
+        "prompt_quantile": lambda: _by_prompt(rewards, prompts, lambda r: np.quantile(r, level)),
+        "gamma": lambda: _by_prompt(
+            rewards, prompts, lambda r: level * r.max() + (1 - level) * r.mean()
+        ),
+    }
+    return rewards > pick(kind, thresholds, "algo.threshold")()
+
+
+def _by_prompt(rewards: np.ndarray, prompts: np.ndarray, of: Any) -> np.ndarray:
+    """`of` the rewards of each row's prompt: [n]."""
+    order = np.argsort(prompts, kind="stable")
+    cuts = np.flatnonzero(np.diff(prompts[order])) + 1
+    values = np.array([of(part) for part in np.split(rewards[order], cuts)])
+    return values[numbered(prompts[order].tolist())][np.argsort(order, kind="stable")]
+
+
+@dataclass(kw_only=True)
+class ReST(Imitation):
+    """Settings; conf/experiment/rest_paper.yaml holds the paper's numbers."""
+
+    threshold: str = "quantile"  # quantile, absolute, prompt_quantile, gamma or top_k
+    # one for each Improve step, never less strict than the one before
+    levels: list[float] = field(default_factory=lambda: [0.0, 0.7, 0.8, 0.9])
+    loss: str = "bc"  # bc, reward_weighted or advantage_weighted
+    temperature: float = 0.5  # of advantage_weighted: exp(advantage / temperature)
+    normalise: bool = True  # rewards of a Grow to [0, 1]; false: as they are
+    demonstrations: int | None = 128  # in each Grow's mixture, drawn at random; null: all
+    accumulate: bool = False  # completions of earlier Grow steps stay in the mixture
+    deduplicate: bool = True  # equal completions of a prompt count once
+    epochs: float = 2.0  # passes over what is kept, each Improve step
+    lr_decay: float = 0.7  # learning rate of an Improve step, as a share of the one before
+    # prompts of each Grow set aside; the weights that do best on them are kept; 0: the last
+    validation: int = 16
+    validation_samples: int = 4  # completions of each of them
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.threshold, THRESHOLDS, "algo.threshold")
+        require(self.loss, LOSSES, "algo.loss")
+        rising = self.levels == sorted(self.levels, reverse=self.threshold == "top_k")
+        if not self.levels or not rising:
+            order = "fall" if self.threshold == "top_k" else "rise"
+            raise ValueError(
+                f"algo.levels={self.levels} must be one or more numbers that never "
+                f"{'rise' if order == 'fall' else 'fall'} under algo.threshold={self.threshold}: "
+                f"let them {order}"
+            )
+        if self.threshold in ("quantile", "prompt_quantile", "gamma") and not all(
+            0 <= level <= 1 for level in self.levels
+        ):
+            raise ValueError(
+                f"algo.levels={self.levels} are shares between 0 and 1 under "
+                f"algo.threshold={self.threshold}"
+            )
+        if self.threshold == "top_k" and not 1 <= self.levels[0] <= self.samples:
+            raise ValueError(
+                f"algo.levels={self.levels} keeps more completions of a prompt than "
+                f"algo.samples={self.samples}: lower it, or sample more"
+            )
+        if not 0 <= self.validation < self.batch:
+            raise ValueError(
+                f"algo.validation={self.validation} prompts cannot be set aside from "
+                f"algo.batch={self.batch}: lower it"
+            )
+
+    def setup(self, policy: Policy, reward: Any, data: Dataset, trial: Trial) -> None:
+        self.pool, self.rng = Pool(), np.random.default_rng(trial.seed)
+        self.told = data.demonstrations
+        super().setup(policy, reward, data, trial)
+
+    # ---- one Grow and its Improve steps
+
+    def learn(self, rollouts: Rollouts, step: int) -> dict[str, float]:
+        aside = self._grow(rollouts)
+        if self.kl_coef:
+            self.reference = Reference(self.policy, apart=True)  # the behavior policy
+        best, kept = self._validate(aside), self.policy.trainable_state()
+        metrics = {"rest/validation/0": best} if aside else {}
+        for number, level in enumerate(self.levels, 1):
+            rows = self._passing(level)
+            metrics[f"rest/kept/{number}"] = float(len(rows))
+            if len(rows) == 0:
+                self._nothing_passes(number, level)
+                break
+            self.restart()
+            metrics |= self._improve(rows, self.lr_decay ** (number - 1))
+            reward = self._validate(aside)
+            if aside:
+                metrics[f"rest/validation/{number}"] = reward
+            if not aside or reward > best:
+                best, kept = reward, self.policy.trainable_state()
+                metrics["rest/improved"] = float(number)
+        self.policy.load_trainable_state(kept)
+        return {"rest/improved": 0.0, "rest/pool": float(len(self.pool))} | metrics
+
+    def _grow(self, rollouts: Rollouts) -> list[str]:
+        """The new mixture; returns the prompts set aside."""
+        if not self.accumulate:
+            self.pool = Pool()
+        count = len(rollouts) - self.validation * self.samples
+        self.pool.add(rollouts.select(torch.arange(count)))
+        self._add_demonstrations()
+        if self.deduplicate:
+            cells = list(zip(self.pool.prompts, map(tuple, self.pool.responses), strict=True))
+            self.pool.keep(np.unique(numbered(cells), return_index=True)[1])
+        rewards = np.asarray(self.pool.scores)
+        if self.normalise and rewards.max() > rewards.min():
+            rewards = (rewards - rewards.min()) / (rewards.max() - rewards.min())
+        self.rewards, self.groups = rewards, self.pool.groups()
+        return list(dict.fromkeys(rollouts.prompts[count:]))
+
+    def _add_demonstrations(self) -> None:
+        """The original data, scored by the same reward."""
+        told = self.told
+        if self.demonstrations is not None and self.demonstrations < len(told):
+            picked = self.rng.choice(len(told), self.demonstrations, replace=False)
+            told = [self.told[i] for i in sorted(picked)]
+        if not told:
+            return
+        tokenizer = self.policy.tokenizer
+        responses = [
+            [
+                *tokenizer(d.completion, add_special_tokens=False)["input_ids"],
+                tokenizer.eos_token_id,
+            ]
+            for d in told
+        ]
+        rollouts = self.policy.assemble([d.prompt for d in told], responses)
+        scores = score(self.reward, rollouts.prompts, rollouts.completions)
+        rollouts.scores, rollouts.members = scores.objective, scores.members
+        self.pool.add(rollouts)
+
+    def _passing(self, level: float) -> np.ndarray:
+        return np.flatnonzero(passing(self.threshold, level, self.rewards, self.groups))
+
+    def _nothing_passes(self, number: int, level: float) -> None:
+        """No silent reuse of old data: the first Improve step is an error, a later one ends the
+        Grow.
+        """
+        found = (
+            f"no completion of {len(self.pool)} lies above the threshold of Improve step {number} "
+            f"(algo.threshold={self.threshold}, level {level:g}); rewards go from "
+            f"{self.rewards.min():.4g} to {self.rewards.max():.4g}"
+        )
+        if number == 1:
+            raise ValueError(f"{found}: lower algo.levels, or sample more (algo.samples)")
+        logger.warning("%s: no further Improve step in this Grow", found)
+
+    def _improve(self, rows: np.ndarray, scale: float) -> dict[str, float]:
+        prompts = [self.pool.prompts[i] for i in rows]
+        rollouts = self.policy.assemble(prompts, [self.pool.responses[i] for i in rows])
+        weights = torch.tensor(self._weights(rows), dtype=torch.float32, device=self.policy.device)
+        updates = max(1, round(self.epochs * len(rows) / self.minibatch))
+        return self.imitate(Examples(rollouts, weights), updates, scale=scale)
+
+    def _weights(self, rows: np.ndarray) -> np.ndarray:
+        """Of each kept completion, with mean 1: float64 [m]."""
+        rewards = self.rewards[rows]
+        if self.loss == "bc":
+            return np.ones(len(rows))
+        if self.loss == "reward_weighted":
+            if rewards.min() < 0 or rewards.sum() == 0:
+                raise ValueError(
+                    "algo.loss=reward_weighted needs rewards that are not negative: set "
+                    "algo.normalise=true"
+                )
+            return rewards / rewards.mean()
+        values = _by_prompt(self.rewards, self.groups, np.mean)[rows]
+        found = np.exp(np.clip((rewards - values) / self.temperature, None, 20.0))
+        return found / found.mean()
+
+    def _validate(self, prompts: list[str]) -> float:
+        """Mean reward of fresh completions of the prompts set aside."""
+        if not prompts:
+            return float("-inf")
+        with torch.random.fork_rng():
+            torch.manual_seed(self.trial.seed)
+            rollouts = self.policy.sample(prompts, self.validation_samples)
+        scores = score(self.reward, rollouts.prompts, rollouts.completions)
+        return float(scores.objective.mean())
+
+    # ---- resume
+
+    def state(self) -> dict[str, Any]:
+        return super().state() | {
+            "pool": vars(self.pool) if self.accumulate else {},
+            "rng": self.rng.bit_generator.state,
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        super().load_state(state)
+        self.pool = Pool(**state["pool"])
+        self.rng.bit_generator.state = state["rng"]

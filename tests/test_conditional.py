@@ -1,0 +1,379 @@
+"""Quark and ALT: labels before prompts, what is learned under them, and asking for the best."""
+
+import json
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lab import DATA, PROMPTS, Lab, MakeLab, Vowels
+
+from rlhf_exp.algorithms.conditional import Conditional
+from rlhf_exp.algorithms.labels import Attributes, Categories, FreeForm, Quantiles
+from rlhf_exp.algorithms.pool import Pool
+from rlhf_exp.data.rows import Dataset
+from rlhf_exp.feedback import Feedback
+from rlhf_exp.policy import Rollouts
+
+pytest_plugins = ["lab_fixtures"]
+NUMBERS = json.loads((Path(__file__).parent / "vectors" / "conditional.json").read_text())
+TOKENS = [" <|best|>", " <|middle|>", " <|worst|>"]
+
+
+def quark(**changes: Any) -> Conditional:
+    settings: dict[str, Any] = {
+        "labels": Quantiles(names=TOKENS),
+        "tokens": TOKENS,
+        "steps": 6,
+        "batch": 60,
+        "minibatch": 32,
+        "updates": 30,
+        "lr": 1e-2,
+        "kl_coef": 0.05,
+        "entropy_coef": 0.0,
+    }
+    return Conditional(**settings | changes)
+
+
+def alt(**changes: Any) -> Conditional:
+    settings: dict[str, Any] = {
+        "labels": Quantiles(names=["Good.", "Bad."], scope="prompt"),
+        "form": "{label} input: ",
+        "steps": 2,
+        "batch": 9,
+        "samples": 4,
+        "minibatch": 16,
+        "updates": None,
+        "epochs": 1.0,
+        "per_prompt": 4,
+        "drop_factor": 1.0,
+        "restart_optimizer": True,
+        "reference_sees_label": True,
+        "end_sentences": True,
+        "kl_coef": 0.0,
+    }
+    return Conditional(**settings | changes)
+
+
+def scored(room: Lab, prompts: list[str], n: int = 1) -> Rollouts:
+    rollouts = room.policy.sample(prompts, n)
+    rollouts.scores = room.reward(rollouts.prompts, rollouts.completions)
+    return rollouts
+
+
+def ready(room: Lab, algorithm: Conditional, data: Dataset = DATA) -> Conditional:
+    algorithm.setup(room.policy, room.reward, data, room.trial)
+    return algorithm
+
+
+class Says:
+    """A provider that says what it is told to; None is no usable reply."""
+
+    def __init__(self, task: Any, *said: Feedback | None) -> None:
+        self.task, self.said = task, said
+        self.counts = {"asked": 0, "malformed": 0}
+
+    def check(self) -> None: ...
+
+    def open(self, directory: Path) -> None: ...
+
+    def load(self, device: Any) -> None: ...
+
+    def __call__(self, prompts: list[str], completions: list[str]) -> list[Feedback | None]:
+        found = [self.said[i % len(self.said)] for i in range(len(prompts))]
+        self.counts["asked"] += len(found)
+        self.counts["malformed"] += found.count(None)
+        return found
+
+
+class Task:
+    """As much of a task as a labelling looks at."""
+
+    names = ("fine", "poor")
+    attributes = MappingProxyType({"fine": "good:1", "poor": "good:0"})
+    highest = 3
+
+
+# ---- it learns
+
+
+def test_quark_writes_vowels_when_asked_for_the_best(lab: MakeLab) -> None:
+    room = lab()
+    before = room.scores()
+    rows = room.run(quark(steps=10))
+    assert room.policy.prefix == TOKENS[0]
+    assert room.scores().mean() > 2 * before.mean()
+    room.policy.prefix = TOKENS[2]
+    assert room.scores().mean() < 0.7 * before.mean()
+    assert rows[-1]["labels/best_asked"] > 2 * rows[-1]["labels/worst_asked"]
+    assert rows[-1]["labels/0/reward"] > rows[-1]["labels/1/reward"] > rows[-1]["labels/2/reward"]
+
+
+def test_labels_that_mean_nothing_teach_nothing(lab: MakeLab) -> None:
+    """The control: rewards drawn by lot, so labels are arbitrary."""
+
+    class Lot(Vowels):
+        def __call__(self, prompts: list[str], completions: list[str]):
+            return torch.rand(len(completions))
+
+    room = lab(reward=Lot())
+    room.reward = Vowels()
+    before = room.scores().mean()
+    room.reward = Lot()
+    room.run(quark(steps=3))
+    room.reward = Vowels()
+    assert room.scores().mean() < 2 * before
+
+
+# ---- what stands before the prompt
+
+
+@pytest.mark.parametrize(
+    ("form", "label", "expected"),
+    [
+        ("{label}", "_QUANTILE_TOKEN_0_", "quark"),
+        ("{label} input: ", "Excellent.", "alt_rm"),
+        ("feedback: {label} input: ", "FB", "alt_lmu"),
+        ("{label}.\n\n", "Harmless and very helpful", "alt_lmc"),
+    ],
+)
+def test_control_text_is_the_published_one(form, label, expected, lab: MakeLab) -> None:
+    algorithm = ready(lab(), alt(form=form))
+    found = algorithm._before(label) + "PROMPT"
+    assert found == NUMBERS["alt_rm"]["train_input_example"][expected].replace(
+        "TOKEN_0_PROMPT", "TOKEN_0_" + "PROMPT"
+    )
+
+
+def test_a_prompt_that_looks_like_control_text_stays_whole(lab: MakeLab) -> None:
+    """Conditioning is never undone by splitting text, so nothing of such a prompt gets lost."""
+    prompts = ["Good. input: big cat:", "a.\n\nb input: c:"]
+    room = lab()
+    algorithm = ready(room, alt(), Dataset(prompts=prompts, held_out=prompts))
+    algorithm.learn(scored(room, prompts, 4), 0)
+    examples = algorithm._examples(np.arange(8), ["Good."] * 8)
+    texts = room.policy.tokenizer.batch_decode(
+        [i[m == 1] for i, m in zip(_prompt_ids(examples), _prompt_mask(examples), strict=True)]
+    )
+    assert texts == ["Good. input: " + p for p in prompts for _ in range(4)]
+
+
+def _prompt_ids(examples: Any) -> Any:
+    return examples.rollouts.ids[:, : examples.rollouts.width]
+
+
+def _prompt_mask(examples: Any) -> Any:
+    return examples.rollouts.mask[:, : examples.rollouts.width]
+
+
+def test_prompts_with_a_control_token_in_them_are_refused(lab: MakeLab) -> None:
+    odd = Dataset(prompts=[*PROMPTS, "say <|best|> now:"], held_out=PROMPTS)
+    with pytest.raises(ValueError, match=r"'say <\|best\|> now:' contains .* '<\|best\|>'"):
+        ready(lab(), quark(), odd)
+
+
+def test_the_reference_of_quark_sees_the_bare_prompt_and_that_of_alt_the_label(
+    lab: MakeLab,
+) -> None:
+    room = lab()
+    algorithm = ready(room, quark(compare=0))
+    algorithm.pool.add(scored(room, PROMPTS))
+    bare = algorithm._examples(np.arange(9), [TOKENS[0]] * 9).asked
+    assert bare is not None
+    assert not set(room.policy.control) & set(bare.ids.flatten().tolist())
+    other = lab()
+    algorithm = ready(other, alt(kl_coef=0.1))
+    algorithm.pool.add(scored(other, PROMPTS))
+    assert algorithm._examples(np.arange(9), ["Good."] * 9).asked is None
+
+
+def test_control_tokens_start_like_the_others_and_are_never_sampled(lab: MakeLab) -> None:
+    room = lab()
+    old = room.policy.model.get_input_embeddings().weight.detach().clone()
+    ready(room, quark())
+    control = room.policy.control
+    new = room.policy.model.get_input_embeddings().weight.detach()
+    assert control == [len(old), len(old) + 1, len(old) + 2]
+    assert torch.equal(new[: len(old)], old)
+    spread = (new[control] - old.mean(0)) / old.std(0)
+    assert 0.7 < float(spread.std()) < 1.3
+    assert float(spread.abs().max()) < 5
+    with torch.no_grad():  # the model wants to say nothing else
+        room.policy.model.lm_head.weight[control] += 100 * room.policy.model.lm_head.weight.mean()
+        room.policy.model.get_output_embeddings().weight[control] *= 50
+    rollouts = room.policy.sample(PROMPTS, 20)
+    assert not set(control) & set(rollouts.response_ids.flatten().tolist())
+
+
+def test_the_end_token_lends_its_embedding(lab: MakeLab) -> None:
+    room = lab()
+    room.policy.add_control_tokens(["<|separator|>"], "end")
+    weight = room.policy.model.get_input_embeddings().weight
+    assert torch.equal(weight[room.policy.control[0]], weight[room.policy.tokenizer.eos_token_id])
+
+
+@pytest.mark.parametrize("kind", [{"lora": {"r": 2, "fan_in_fan_out": True}}, {"train_top": 1}])
+def test_where_embeddings_are_frozen_the_new_rows_alone_learn(
+    kind: dict[str, Any], lab: MakeLab
+) -> None:
+    room = lab(**kind)
+    algorithm = ready(room, quark(compare=0))
+    weight = room.policy.model.get_input_embeddings().weight
+    before = weight.detach().clone()
+    algorithm.learn(scored(room, PROMPTS, 4), 0)
+    moved = (weight.detach() - before).abs().amax(1)
+    assert moved[room.policy.control].min() > 0
+    assert moved[: room.policy.control[0]].max() == 0
+
+
+# ---- targets
+
+
+def test_cut_off_completions_end_only_where_a_sentence_does(lab: MakeLab) -> None:
+    room = lab()
+    end = room.policy.tokenizer.eos_token_id
+    algorithm = ready(room, alt())
+    algorithm.pool = Pool(
+        prompts=["p"] * 3,
+        completions=["It ends. ", "It does", "It ended"],
+        responses=[[5, 6], [5, 7], [5, end]],
+        ended=[False, False, True],
+    )
+    assert [algorithm._target(i) for i in range(3)] == [[5, 6, end], [5, 7], [5, end]]
+    algorithm.end_sentences = False
+    assert algorithm._target(0) == [5, 6]
+
+
+# ---- the pool
+
+
+def test_the_pool_grows_in_quark_and_is_renewed_in_alt(lab: MakeLab) -> None:
+    room = lab()
+    grown = room.run(quark(steps=3, updates=1))
+    assert [row["pool/rows"] for row in grown] == [60, 120, 180]
+    other = lab()
+    renewed = other.run(alt(steps=3))
+    assert [row["pool/rows"] for row in renewed] == [36, 36, 36]
+    halved = lab().run(alt(steps=2, drop_factor=0.5))
+    assert [row["pool/rows"] for row in halved] == [36, 54]
+    files = sorted((room.directory / "pool").iterdir())
+    assert [f.name for f in files] == [f"step-{i:06d}.jsonl" for i in (1, 2, 3)]
+    rows = [json.loads(line) for line in files[-1].read_text().splitlines()]
+    assert {r["prompt"] for r in rows} == set(PROMPTS)
+    assert sum(len(r["generations"]) for r in rows) == 180
+    assert all(len(r["generations"]) == len(r["rewards"]) for r in rows)
+
+
+def test_learning_takes_as_many_of_every_label(lab: MakeLab) -> None:
+    room = lab()
+    algorithm = ready(room, alt(samples=6, per_prompt=4, compare=0))
+    metrics = algorithm.learn(scored(room, PROMPTS, 6), 0)
+    assert (metrics["pool/rows"], metrics["pool/learned"]) == (54, 36)
+    assert metrics["labels/0/rows"] == metrics["labels/1/rows"] == 27
+
+
+# ---- labels
+
+
+def test_a_reward_that_cannot_tell_completions_apart_is_an_error(lab: MakeLab) -> None:
+    room = lab()
+    algorithm = ready(room, quark())
+    rollouts = scored(room, PROMPTS)
+    rollouts.scores = torch.full((9,), 0.5)
+    with pytest.raises(ValueError, match=r"all 9 completions of the pool the score 0\.5"):
+        algorithm.learn(rollouts, 0)
+
+
+def test_fewer_samples_than_quantiles_are_refused_before_anything_loads() -> None:
+    with pytest.raises(ValueError, match=r"algo\.samples=4 .* 5 quantiles"):
+        alt(labels=Quantiles(names=list("abcde"), scope="prompt"), per_prompt=None)
+
+
+def test_attributes_join_the_phrases_of_each_members_quantile() -> None:
+    labels = Attributes(
+        attributes={"kind": ["Kind", "Rude"], "short": ["short", "long"]}, joint=", and "
+    )
+    pool = Pool(
+        prompts=["p"] * 2 + ["q"] * 2,
+        scores=[0.0] * 4,
+        members={"kind": [1.0, 0.0, 1.0, 0.0], "short": [0.0, 1.0, 1.0, 0.0], "rest": [0.0] * 4},
+    )
+    texts, ranks = labels.label(pool)
+    assert texts == ["Kind, and long", "Rude, and short", "Kind, and short", "Rude, and long"]
+    assert ranks.tolist() == [1, 1, 0, 2]
+    assert labels.best(pool, np.random.default_rng(0)) == "Kind, and short"
+    pool.members = {"other": [0.0] * 4}
+    with pytest.raises(ValueError, match=r"names 'kind', and the reward has the members other"):
+        labels.label(pool)
+
+
+def test_categories_are_learned_as_said_and_unusable_replies_left_out(lab: MakeLab) -> None:
+    room = lab()
+    provider = Says(Task, Feedback("fine"), Feedback("poor"), None, Feedback("poor"))
+    algorithm = ready(room, alt(labels=Categories(feedback=provider), fill=True, compare=0))
+    metrics = algorithm.learn(scored(room, PROMPTS, 4), 0)
+    assert metrics["pool/unjudged"] == 9
+    assert (metrics["labels/0/rows"], metrics["labels/1/rows"]) == (9, 18)
+    assert (metrics["feedback/asked"], metrics["feedback/malformed"]) == (36, 9)
+    assert metrics["pool/learned"] == 27
+    assert room.policy.prefix == "fine input: "
+    kept = algorithm.pool
+    assert len(kept.feedbacks) == len(kept.responses) == len(kept.scores) == 27
+    again = algorithm.learn(scored(room, PROMPTS, 4), 1)
+    assert again["feedback/asked"] == 36, "of this step, not of the run"
+
+
+def test_steerlm_says_the_categories_as_attributes(lab: MakeLab) -> None:
+    room = lab()
+    labels = Categories(feedback=Says(Task, Feedback("fine"), Feedback("poor")), attributes=True)
+    algorithm = ready(room, alt(labels=labels, form="{label}.\n\n", compare=0))
+    algorithm.learn(scored(room, PROMPTS, 4), 0)
+    assert room.policy.prefix == "good:1.\n\n"
+    assert set(algorithm.labels.label(algorithm.pool)[0]) == {"good:1", "good:0"}
+
+
+def test_free_feedback_asks_with_an_example_of_the_best_grade(lab: MakeLab) -> None:
+    room = lab()
+    said = [Feedback("Clear.", 3.0), Feedback("Dull.", 1.0), Feedback("Crisp.", 3.0), None]
+    algorithm = ready(
+        room, alt(labels=FreeForm(feedback=Says(Task, *said)), samples=8, per_prompt=8, fill=True)
+    )
+    metrics = algorithm.learn(scored(room, PROMPTS, 8), 0)
+    assert room.policy.prefix in ("Clear. input: ", "Crisp. input: ")
+    assert (metrics["labels/0/rows"], metrics["labels/2/rows"]) == (36, 18)
+    texts, _ = algorithm.labels.label(algorithm.pool)
+    assert texts == algorithm.pool.feedbacks
+
+
+def test_a_judge_of_whom_nothing_can_be_used_is_an_error(lab: MakeLab) -> None:
+    room = lab()
+    algorithm = ready(room, alt(labels=Categories(feedback=Says(Task, None))))
+    with pytest.raises(ValueError, match="nothing usable of any of 36 completions"):
+        algorithm.learn(scored(room, PROMPTS, 4), 0)
+
+
+# ---- settings
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"form": "label: "}, r"algo\.form='label: ' must hold"),
+        ({"updates": 5}, r"algo\.updates=5 and algo\.epochs=1\.0"),
+        ({"epochs": None}, r"algo\.updates=None and algo\.epochs=None"),
+        ({"drop_factor": 1.5}, r"algo\.drop_factor=1\.5"),
+        ({"per_prompt": 1}, r"algo\.per_prompt=1 is less than .* 2 labels"),
+        ({"token_start": "zero"}, r"algo\.token_start"),
+        ({"tokens": ["<x>"], "kl_coef": 0.1}, r"algo\.reference_sees_label=false"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        alt(**settings)
+
+
+def test_names_must_differ() -> None:
+    with pytest.raises(ValueError, match=r"algo\.labels\.names=\['a', 'a'\]"):
+        Quantiles(names=["a", "a"])
