@@ -2,7 +2,10 @@
 schema.
 """
 
+import importlib
 import re
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -91,13 +94,17 @@ def _check_fields(node: DictConfig, schema: Any, prefix: str) -> None:
     """Compare keys and types of `node` with the fields of the dataclass `schema`."""
     values = {str(k): v for k, v in node.items() if k != "_target_"}
     known = [f.name for f in fields(schema) if f.init]
-    for name, value in values.items():
+    for name in values:
         if name not in known:
             what = f"a setting of {schema.__name__}" if prefix else "a setting"
             raise ValueError(f"{prefix}{name} is not {what}{nearest(name, known)}")
-        plain = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+    plain = {
+        k: OmegaConf.to_container(v) if OmegaConf.is_config(v) else v for k, v in values.items()
+    }
+    empty = OmegaConf.structured(schema)  # the slow part
+    for name, value in plain.items():
         try:
-            OmegaConf.merge(OmegaConf.structured(schema), {name: plain})
+            OmegaConf.merge(empty, {name: value})
         except OmegaConfBaseException as error:
             where = getattr(error, "full_key", None) or name
             raise ValueError(f"{prefix}{where}: {str(error).splitlines()[0]}") from None
@@ -116,6 +123,24 @@ def build(node: Any, key: str) -> Any:
         if isinstance(cause, ValueError | OSError):
             raise cause from None
         raise ValueError(f"{key}: {error}") from error
+
+
+def imported(reference: str, key: str) -> Callable[..., Any]:
+    """The function that `reference` (module:function) names; modules in the working directory are
+    found. ValueError naming the setting `key` if there is none.
+    """
+    module, _, name = reference.partition(":")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except Exception as error:  # whatever the user's module raises
+        raise ValueError(
+            f"{key}={reference} cannot be imported ({error}); check module and name"
+        ) from None
+    if not callable(found):
+        raise ValueError(f"{key}={reference} is not a function")
+    return found
 
 
 def explain(error: Exception, arguments: list[str]) -> str:

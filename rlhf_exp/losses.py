@@ -196,7 +196,8 @@ def ensemble_variance(scores: Tensor, variance: str) -> Tensor:
     correction = pick(variance, {"population": 0, "unbiased": 1}, "reward.variance")
     if scores.shape[0] == 1:
         return torch.zeros_like(scores[0])
-    return scores.var(0, correction=correction)
+    centred = scores - scores.mean(0)  # torch.var takes three times as long over few members
+    return centred.square().sum(0) / (scores.shape[0] - correction)
 
 
 def preference_loss(better: Tensor, worse: Tensor, l2: float = 0.0) -> Tensor:

@@ -8,10 +8,12 @@ the paper speaks of (Coste et al. 2023, section 4); evaluation pairs stay clean.
 import logging
 import random
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from rlhf_exp.artifacts import write_json
 from rlhf_exp.choices import require
@@ -113,10 +115,40 @@ def _labelled(prompts: list[str], completions: list[str], labeller: Any) -> list
     """Pairs of the two completions of each prompt, without equal texts, ties and those the labeller
     cannot tell.
     """
-    left, right = completions[0::2], completions[1::2]
-    probabilities = labeller(prompts, left, right).tolist()
-    pairs = []
-    for prompt, a, b, p in zip(prompts, left, right, probabilities, strict=True):
-        if a != b and (p > 0.5 or p < 0.5):
-            pairs.append(Pair(prompt, a, b) if p > 0.5 else Pair(prompt, b, a))
-    return pairs
+    found, _ = paired(completions, wins(prompts, completions, labeller, 2), 2)
+    return [Pair(prompts[i // 2], completions[i], completions[j]) for i, j in found]
+
+
+def wins(prompts: list[str], completions: list[str], labeller: Any, samples: int) -> Tensor:
+    """How many of the other completions of its prompt each is expected to beat, from `samples` of
+    every prompt side by side [n * samples]; where the labeller cannot tell, either wins half.
+    """
+    found = torch.zeros(len(prompts), samples)
+    for i, j in combinations(range(samples), 2):
+        left, right = completions[i::samples], completions[j::samples]
+        ahead = labeller(prompts, left, right).float().cpu().nan_to_num(0.5)
+        found[:, i] += ahead
+        found[:, j] += 1 - ahead
+    return found.flatten()
+
+
+def paired(
+    completions: list[str], ranks: Tensor, samples: int, pairing: str = "all"
+) -> tuple[list[tuple[int, int]], dict[str, int]]:
+    """Indices (better, worse) of pairs among the `samples` completions of each prompt, which rank
+    [n]: all couples, or the best and the worst. And how many couples were no pair, because they
+    are the same text or rank equal.
+    """
+    found: list[tuple[int, int]] = []
+    dropped = {"ties": 0, "equal_texts": 0}
+    for first in range(0, len(completions), samples):
+        order = sorted(range(first, first + samples), key=lambda i: -float(ranks[i]))
+        couples = combinations(order, 2) if pairing == "all" else [(order[0], order[-1])]
+        for better, worse in couples:
+            if completions[better] == completions[worse]:
+                dropped["equal_texts"] += 1
+            elif ranks[better] == ranks[worse]:
+                dropped["ties"] += 1
+            else:
+                found.append((better, worse))
+    return found, dropped

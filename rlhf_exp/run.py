@@ -117,7 +117,7 @@ class Stages:
             policy=lambda: self.start,
             samples=self._start_samples,
             device=self.device,
-            scoring=bool({"align", "evaluate"} & set(config["stages"])),
+            scoring=bool({"generate", "align", "evaluate"} & set(config["stages"])),
         )
         if self.labeller.source == "sampled" and self.gold.learns_from_pairs:
             raise ValueError(

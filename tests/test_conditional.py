@@ -73,7 +73,7 @@ class Says:
 
     def __init__(self, task: Any, *said: Feedback | None) -> None:
         self.task, self.said = task, said
-        self.counts = {"asked": 0, "malformed": 0}
+        self.counts = {"asked": 0, "malformed": 0, "failed": 0}
 
     def check(self) -> None: ...
 
@@ -316,13 +316,13 @@ def test_categories_are_learned_as_said_and_unusable_replies_left_out(lab: MakeL
     metrics = algorithm.learn(scored(room, PROMPTS, 4), 0)
     assert metrics["pool/unjudged"] == 9
     assert (metrics["labels/0/rows"], metrics["labels/1/rows"]) == (9, 18)
-    assert (metrics["feedback/asked"], metrics["feedback/malformed"]) == (36, 9)
+    assert (metrics["feedback/failed"], metrics["feedback/malformed"]) == (0, 9)
     assert metrics["pool/learned"] == 27
     assert room.policy.prefix == "fine input: "
     kept = algorithm.pool
     assert len(kept.feedbacks) == len(kept.responses) == len(kept.scores) == 27
     again = algorithm.learn(scored(room, PROMPTS, 4), 1)
-    assert again["feedback/asked"] == 36, "of this step, not of the run"
+    assert again["feedback/malformed"] == 9, "of this step, not of the run"
 
 
 def test_steerlm_says_the_categories_as_attributes(lab: MakeLab) -> None:

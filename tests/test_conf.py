@@ -38,10 +38,14 @@ REQUIRED = {
     "data=local": ["prompts"],
 }
 
-FOLDERS = sorted(p.name for p in CONF.iterdir() if p.is_dir() and p.name != "hydra")
+# Not asked for by themselves: quick is part of experiment=debug, feedback of some algorithms.
+WITHIN = ("hydra", "quick", "feedback")
+FOLDERS = sorted(p.name for p in CONF.iterdir() if p.is_dir() and p.name not in WITHIN)
 OPTIONS = {f: sorted(p.stem for p in (CONF / f).glob("*.yaml")) for f in FOLDERS}
 PRESETS = OPTIONS.pop("experiment")
-GROUPS = OPTIONS | {"reward@gold": OPTIONS["reward"]}  # what can stand before = on the command line
+GOLDS = [o for o in OPTIONS["reward"] if o.endswith("_gold") or o in ("answers", "hub", "lexicon")]
+OPTIONS["reward"] = [o for o in OPTIONS["reward"] if not o.endswith("_gold")]
+GROUPS = OPTIONS | {"reward@gold": GOLDS}  # what can stand before = on the command line
 
 
 @pytest.fixture(autouse=True)
@@ -207,7 +211,21 @@ def test_option_carries_the_keys_of_its_class(option: str) -> None:
     assert isinstance(build(plain, group), get_class(plain["_target_"]))
 
 
-@pytest.mark.parametrize("key", ["preferences", "evaluation", "checkpoints", "sft"])
+@pytest.mark.parametrize("judge", sorted(p.stem for p in (CONF / "feedback").glob("*.yaml")))
+@pytest.mark.parametrize("algorithm", ["alt_lmc", "alt_lmu", "steerlm"])
+def test_every_judge_can_be_asked_by_every_algorithm_that_asks(judge: str, algorithm: str) -> None:
+    given = ["algo.labels.feedback.judge.path=owner/model", "algo.labels.feedback.judge.model=name"]
+    chosen = f"feedback@algo.labels.feedback={judge}"
+    needed = {"local": given[:1], "openai": given[1:]}.get(judge, [])
+    config = compose("config", overrides=[f"algo={algorithm}", chosen, *needed])
+    check(config)
+    built = build(resolved(config)["algo"], "algo")
+    assert judge in (built.labels.feedback.judge.__class__.__name__.lower(), "local")
+
+
+@pytest.mark.parametrize(
+    "key", ["preferences", "evaluation", "checkpoints", "sft", "prepare", "generations"]
+)
 def test_settings_without_a_group_carry_the_keys_of_their_class(key: str) -> None:
     node = composed()[key]
     schema = get_class(node["_target_"])

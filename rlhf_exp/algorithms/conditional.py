@@ -21,6 +21,7 @@ from rlhf_exp.algorithms.pool import Pool, balanced, numbered, survivors
 from rlhf_exp.choices import require
 from rlhf_exp.data.local import write_jsonl
 from rlhf_exp.data.rows import Dataset
+from rlhf_exp.feedback import Feedback
 from rlhf_exp.policy import Policy, Rollouts
 from rlhf_exp.rewards import score
 from rlhf_exp.trial import Trial
@@ -79,6 +80,7 @@ class Conditional(Imitation):
             )
 
     def check(self, policy: Policy) -> None:
+        super().check(policy)
         self.labels.check()
 
     def setup(self, policy: Policy, reward: Any, data: Dataset, trial: Trial) -> None:
@@ -100,7 +102,7 @@ class Conditional(Imitation):
 
     def learn(self, rollouts: Rollouts, step: int) -> dict[str, float]:
         # 1. the pool forgets, and takes in what could be judged
-        metrics = self._collect(rollouts)
+        metrics = self._collect(rollouts, step)
         # 2. every row is labelled anew, and some are chosen
         labels, ranks = self.labels.label(self.pool)
         rows = self._chosen(ranks)
@@ -123,16 +125,22 @@ class Conditional(Imitation):
         write_jsonl(self._pool_file(step), self.pool.rows())
         return metrics | self._counts(ranks, rows) | self._comparison(labels, ranks)
 
-    def _collect(self, rollouts: Rollouts) -> dict[str, float]:
-        """Drop, judge, add; completions of which nothing usable was said are counted, not added."""
-        if self.drop_factor and len(self.pool):
+    def _collect(self, rollouts: Rollouts, step: int) -> dict[str, float]:
+        """Drop, judge, add."""
+        if step == 0 and self.start is not None:
+            self._add(*self.given())
+        elif self.drop_factor and len(self.pool):
             _, ranks = self.labels.label(self.pool)
             cells = numbered(list(zip(self.pool.prompts, ranks.tolist(), strict=True)))
             self.pool.keep(survivors(cells, self.drop_factor, self.rng))
-        said = self.labels.judge(rollouts)
+        return {"pool/unjudged": float(self._add(rollouts, None))}
+
+    def _add(self, rollouts: Rollouts, said: list[Feedback | None] | None) -> int:
+        """Completions of which nothing usable is said are not added; returns how many those are."""
+        said = self.labels.judge(rollouts) if said is None or not self.labels.asks else said
         if said is None:
             self.pool.add(rollouts)
-            return {"pool/unjudged": 0.0}
+            return 0
         kept = [i for i, feedback in enumerate(said) if feedback is not None]
         if not kept and not len(self.pool):
             raise ValueError(
@@ -146,7 +154,7 @@ class Conditional(Imitation):
                 [f.text for f in usable],
                 [0.0 if f.score is None else f.score for f in usable],
             )
-        return {"pool/unjudged": float(len(said) - len(kept))}
+        return len(said) - len(kept)
 
     def _chosen(self, ranks: np.ndarray) -> np.ndarray:
         if self.per_prompt is None:

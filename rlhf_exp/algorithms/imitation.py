@@ -7,6 +7,7 @@ All means are over the tokens of a whole minibatch, whatever the micro-batches.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +17,10 @@ from rlhf_exp import losses
 from rlhf_exp.algorithms.descent import Descent
 from rlhf_exp.algorithms.online import Online
 from rlhf_exp.choices import require
+from rlhf_exp.data.local import require_file
 from rlhf_exp.data.rows import Dataset
+from rlhf_exp.feedback import Feedback
+from rlhf_exp.generated import read_generations
 from rlhf_exp.policy import (
     MAX_ROLLOUT_TOKENS,
     Batch,
@@ -27,6 +31,7 @@ from rlhf_exp.policy import (
     response_logits,
 )
 from rlhf_exp.reference import Reference
+from rlhf_exp.rewards import score
 from rlhf_exp.trial import Trial
 
 KL_DIRECTIONS = ("policy_to_reference", "reference_to_policy")
@@ -58,6 +63,8 @@ def stream(count: int, minibatch: int, updates: int) -> Iterator[Tensor]:
 class Imitation(Online):
     """Settings of the update."""
 
+    # file of completions to learn from beside those sampled in the first step, see generated.py
+    start: str | None = None
     minibatch: int = 64  # completions per optimizer step
     # padded tokens per forward pass; changes memory, not the gradient
     token_budget: int = MAX_ROLLOUT_TOKENS
@@ -106,7 +113,8 @@ class Imitation(Online):
         return {"kl": self.kl_target, "entropy": self.entropy_target}
 
     def check(self, policy: Policy) -> None:
-        """Any policy can imitate."""
+        if self.start is not None:
+            require_file(Path(self.start).expanduser())
 
     def setup(self, policy: Policy, reward: Any, data: Dataset, trial: Trial) -> None:
         self.policy, self.reward, self.trial = policy, reward, trial
@@ -125,6 +133,33 @@ class Imitation(Online):
             weight_decay=self.weight_decay,
             max_grad_norm=self.max_grad_norm,
         )
+
+    def given(self) -> tuple[Rollouts, list[Feedback | None] | None]:
+        """What `start` holds: completions with their rewards, scored now if the file has none, and
+        what was said of them.
+        """
+        assert self.start is not None
+        rows = read_generations(Path(self.start).expanduser())
+        prompts = [row.prompt for row in rows for _ in row.generations]
+        tokenizer, limit = self.policy.tokenizer, self.policy.max_new_tokens
+        texts = [text for row in rows for text in row.generations]
+        responses = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        known = [e for row in rows for e in row.ended or [None] * len(row.generations)]
+        for response, ended in zip(responses, known, strict=True):
+            if ended or (ended is None and len(response) < limit):
+                response.append(tokenizer.eos_token_id)
+        rollouts = self.policy.assemble(prompts, responses)
+        if all(row.rewards is not None for row in rows):
+            rollouts.scores = torch.tensor([r for row in rows for r in row.rewards or []])
+        else:
+            scores = score(self.reward, prompts, texts)
+            rollouts.scores, rollouts.members = scores.objective, scores.members
+        if any(row.feedbacks is None for row in rows):
+            return rollouts, None
+        grades = [g for row in rows for g in row.scores or [None] * len(row.generations)]
+        said = [f for row in rows for f in row.feedbacks or []]
+        pairs = zip(said, grades, strict=True)
+        return rollouts, [Feedback(f, g) if isinstance(f, str) else None for f, g in pairs]
 
     def imitate(
         self,

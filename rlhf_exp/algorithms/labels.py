@@ -4,9 +4,10 @@ A labelling asks about new completions (`judge`), labels the whole pool (`label`
 label to ask for when sampling (`best`). Quark, ALT and SteerLM differ in this and in numbers.
 """
 
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
@@ -14,6 +15,8 @@ from rlhf_exp.algorithms.pool import Pool, quantiles, ties
 from rlhf_exp.choices import require
 from rlhf_exp.feedback import Feedback
 from rlhf_exp.policy import Rollouts
+
+logger = logging.getLogger(__name__)
 
 
 class Labelling(Protocol):
@@ -23,6 +26,7 @@ class Labelling(Protocol):
 
     names: list[str]
     kinds: int
+    asks: ClassVar[bool] = False  # whether `judge` asks anybody
 
     def check(self) -> None:
         """Refuse what can be known to fail before anything loads."""
@@ -128,6 +132,7 @@ class Judged(Labelling):
     """What a judge says of each completion."""
 
     feedback: Any  # who is asked, and what
+    asks: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         self.names = []
@@ -145,8 +150,12 @@ class Judged(Labelling):
         return self.feedback(rollouts.prompts, rollouts.completions)
 
     def metrics(self) -> dict[str, float]:
-        counts = self.feedback.counts
-        return {f"feedback/{k}": float(v - self.before[k]) for k, v in counts.items()}
+        """Of the last asking; what a cache answered is told in the log only, as a resumed run finds
+        more there.
+        """
+        new = {k: v - self.before[k] for k, v in self.feedback.counts.items()}
+        logger.info("feedback: %s", ", ".join(f"{v} {k}" for k, v in new.items()))
+        return {f"feedback/{k}": float(new[k]) for k in ("malformed", "failed")}
 
 
 @dataclass(kw_only=True)

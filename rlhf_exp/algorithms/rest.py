@@ -115,7 +115,7 @@ class ReST(Imitation):
     # ---- one Grow and its Improve steps
 
     def learn(self, rollouts: Rollouts, step: int) -> dict[str, float]:
-        aside = self._grow(rollouts)
+        aside = self._grow(rollouts, step)
         if self.kl_coef:
             self.reference = Reference(self.policy, apart=True)  # the behavior policy
         best, kept = self._validate(aside), self.policy.trainable_state()
@@ -137,12 +137,14 @@ class ReST(Imitation):
         self.policy.load_trainable_state(kept)
         return {"rest/improved": 0.0, "rest/pool": float(len(self.pool))} | metrics
 
-    def _grow(self, rollouts: Rollouts) -> list[str]:
+    def _grow(self, rollouts: Rollouts, step: int = 0) -> list[str]:
         """The new mixture; returns the prompts set aside."""
         if not self.accumulate:
             self.pool = Pool()
         count = len(rollouts) - self.validation * self.samples
         self.pool.add(rollouts.select(torch.arange(count)))
+        if step == 0 and self.start is not None:
+            self.pool.add(self.given()[0])
         self._add_demonstrations()
         if self.deduplicate:
             cells = list(zip(self.pool.prompts, map(tuple, self.pool.responses), strict=True))
@@ -162,13 +164,8 @@ class ReST(Imitation):
         if not told:
             return
         tokenizer = self.policy.tokenizer
-        responses = [
-            [
-                *tokenizer(d.completion, add_special_tokens=False)["input_ids"],
-                tokenizer.eos_token_id,
-            ]
-            for d in told
-        ]
+        encoded = tokenizer([d.completion for d in told], add_special_tokens=False)["input_ids"]
+        responses = [[*ids, tokenizer.eos_token_id] for ids in encoded]
         rollouts = self.policy.assemble([d.prompt for d in told], responses)
         scores = score(self.reward, rollouts.prompts, rollouts.completions)
         rollouts.scores, rollouts.members = scores.objective, scores.members

@@ -1,11 +1,13 @@
-"""`data=local`: prompts, demonstrations and preference pairs from JSONL or Parquet files of the
-user.
+"""`data=local`: prompts, demonstrations and preference pairs from files of the user; and how any
+data file is read.
 """
 
+import gzip
 import json
 import logging
 import random
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,28 +20,67 @@ logger = logging.getLogger(__name__)
 Row = TypeVar("Row")
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
+def read_jsonl(path: Path, *, lists: bool = False) -> list[dict[str, Any]]:
     """One object per line; ValueError with the line's number for anything else, blank lines
-    included.
+    included. With `lists` a line may be a list, which becomes the column `row`.
     """
+    lines = _text(path).split("\n")
+    return [
+        _columns(path, number, _parsed(f"{path}, line {number}", line), lists)
+        for number, line in enumerate(lines if lines[-1] else lines[:-1], 1)
+    ]
+
+
+def _text(path: Path) -> str:
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        content = path.read_bytes()
+        return (gzip.decompress(content) if path.suffix == ".gz" else content).decode()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text ({error}); convert it") from None
-    rows = []
-    for number, line in enumerate(lines if lines[-1] else lines[:-1], 1):
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(
-                f"{path}, line {number}: not valid JSON ({error}); mend or remove the line"
-            ) from None
-        if not isinstance(row, dict):
-            raise ValueError(
-                f"{path}, line {number}: expected an object with columns, found {line[:40]!r}"
-            )
-        rows.append(row)
-    return rows
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{path} cannot be unpacked ({error}); fetch it again") from None
+
+
+def _parsed(where: Any, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{where}: not valid JSON ({error}); mend or remove the line") from None
+
+
+def _columns(path: Path, number: int, row: Any, lists: bool) -> dict[str, Any]:
+    if lists and isinstance(row, list):
+        return {"row": row}
+    if not isinstance(row, dict):
+        raise ValueError(
+            f"{path}, line {number}: expected an object with columns, found "
+            f"{json.dumps(row, ensure_ascii=False)[:40]}"
+        )
+    return row
+
+
+def _json_rows(path: Path, lists: bool) -> list[dict[str, Any]]:
+    """Of a file that is one list of rows, or a row per line in spite of its name."""
+    text = _text(path)
+    try:
+        whole = json.loads(text)
+    except ValueError as error:
+        if "Extra data" in str(error):  # a first value, and more
+            return read_jsonl(path, lists=lists)
+        raise ValueError(f"{path}: not valid JSON ({error}); mend the file") from None
+    rows = whole if isinstance(whole, list) else [whole]
+    return [_columns(path, number, row, lists) for number, row in enumerate(rows, 1)]
+
+
+def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """In small batches: Arrow cannot hold many rows of thousands of texts each in one table."""
+    import pyarrow.parquet as parquet
+
+    try:
+        for batch in parquet.ParquetFile(path).iter_batches(batch_size=64):
+            yield from batch.to_pylist()
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read as Parquet ({error})") from None
 
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -57,23 +98,29 @@ def require_file(path: Path) -> None:
         )
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a .jsonl or .parquet file; FileNotFoundError or ValueError naming the file."""
-    require_file(path)
-    if path.suffix == ".parquet":
-        import pyarrow.parquet as parquet
+def read_rows(path: Path, *, lists: bool = False) -> list[dict[str, Any]]:
+    """Rows of a data file; FileNotFoundError or ValueError naming the file."""
+    return list(each_row(path, lists=lists))
 
-        try:
-            rows = parquet.read_table(path).to_pylist()
-        except Exception as error:
-            raise ValueError(f"{path} cannot be read as Parquet ({error})") from None
-    elif path.suffix == ".jsonl":
-        rows = read_jsonl(path)
+
+def each_row(path: Path, *, lists: bool = False) -> Iterator[dict[str, Any]]:
+    """Row after row, as `read_rows` gives them."""
+    require_file(path)
+    suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+    if path.suffix == ".parquet":
+        rows = _parquet_rows(path)
+    elif suffix == ".jsonl":
+        rows = iter(read_jsonl(path, lists=lists))
+    elif suffix == ".json":
+        rows = iter(_json_rows(path, lists))
     else:
-        raise ValueError(f"{path}: data files end in .jsonl or .parquet")
-    if not rows:
+        raise ValueError(f"{path}: data files end in .jsonl or .parquet (or .json, or .jsonl.gz)")
+    empty = True
+    for row in rows:
+        empty = False
+        yield row
+    if empty:
         raise ValueError(f"{path} is empty; it must hold at least one row")
-    return rows
 
 
 def text_column(path: Path, row: dict[str, Any], number: int, column: str) -> str:
@@ -103,6 +150,7 @@ class Local:
     demonstrations: str | None = None  # file with prompt and completion, for the sft stage
     completion_column: str = "completion"
     preferences: str | None = None  # file with prompt, chosen and rejected, for labeller=dataset
+    held_out_preferences: str | None = None  # null keeps `held_out_share` of `preferences`
     chosen_column: str = "chosen"
     rejected_column: str = "rejected"
     answer_column: str | None = None  # of the prompt files: the right completion, for gold=answers
@@ -125,6 +173,7 @@ class Local:
             "held_out",
             "demonstrations",
             "preferences",
+            "held_out_preferences",
             "statements",
             "held_out_statements",
         )
@@ -169,13 +218,16 @@ class Local:
             for name in (self.prompts, self.held_out):
                 answers |= dict(self._read(name, self._answer))
         pairs = self._read(self.preferences, self._pair)
-        cut = min(len(pairs) - 1, max(2, round(self.held_out_share * len(pairs)))) if pairs else 0
+        held_out_pairs = self._read(self.held_out_preferences, self._pair)
+        if self.held_out_preferences is None and pairs:
+            cut = min(len(pairs) - 1, max(2, round(self.held_out_share * len(pairs))))
+            held_out_pairs, pairs = pairs[:cut], pairs[cut:]
         return Dataset(
             prompts=prompts,
             held_out=held_out,
             demonstrations=self._read(self.demonstrations, self._demonstration),
-            pairs=pairs[cut:],
-            held_out_pairs=pairs[:cut],
+            pairs=pairs,
+            held_out_pairs=held_out_pairs,
             statements=statements,
             held_out_statements=held_out_statements,
             templates=self.templates,

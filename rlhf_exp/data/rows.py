@@ -53,3 +53,4 @@ class Dataset:
     held_out_statements: list[Statement] = field(default_factory=list)
     templates: str | None = None  # the set of templates written for the statements
     answers: dict[str, str] = field(default_factory=dict)  # the right completion, by prompt
+    dropped: dict[str, dict[str, int]] = field(default_factory=dict)  # rows by role and reason

@@ -1,14 +1,12 @@
 """A reward that is any Python function, with the signature of TRL's `reward_funcs`."""
 
-import importlib
 import inspect
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from rlhf_exp.config import imported
 from rlhf_exp.rewards import Fitting, Reward
 
 
@@ -29,18 +27,7 @@ class Function(Reward):
         self.load("cpu")
 
     def load(self, device: str | torch.device) -> None:
-        module, _, name = self.function.partition(":")
-        if str(Path.cwd()) not in sys.path:
-            sys.path.insert(0, str(Path.cwd()))
-        try:
-            self.call = getattr(importlib.import_module(module), name)
-        except Exception as error:  # whatever the user's module raises
-            raise ValueError(
-                f"reward.function={self.function} cannot be imported ({error}); check module and "
-                "name"
-            ) from None
-        if not callable(self.call):
-            raise ValueError(f"reward.function={self.function} is not a function")
+        self.call = imported(self.function, "reward.function")
 
     def __call__(self, prompts: list[str], completions: list[str]) -> Tensor:
         try:

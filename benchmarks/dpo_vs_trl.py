@@ -1,0 +1,296 @@
+"""CPU-seconds of DPO and of reward model training here and by bare TRL, on the same pairs.
+
+    python benchmarks/dpo_vs_trl.py                  # 3 rounds, two minutes
+    python benchmarks/dpo_vs_trl.py --json FILE      # the numbers, for a table elsewhere
+
+Both sides are TRL's trainers in the end, so this measures what is put around them. They start from
+the same weights (2 layers, width 64, 512 tokens) and learn once from the same 1,024 pairs of 16
+prompt and 32 completion tokens, in batches of 64, 1 thread, fp32. Every run is a fresh process, the
+sides take turns, and what counts is user + system time from pairs as text to trained weights, not
+imports and loading.
+
+What differs is each side's own way. Bare TRL runs its reference beside the policy in every step;
+ours is asked once before training, in batches of equal length. Ours logs every step, writes the
+pairs it used, and saves the reward model.
+
+Left out: evaluation and checkpoints (on both sides), memory, GPUs, larger models.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from ppo_vs_trl import FIRST_CHARACTER, HEADS, LAYERS, PROMPT, RESPONSE, ROOT, VOCABULARY, WIDTH
+from ppo_vs_trl import describe as about
+
+PAIRS, BATCH, LR, BETA = 1024, 64, 1e-4, 0.1
+
+
+# ------------------------------------------------------------------------------ what both sides get
+
+
+def build_world(folder: Path) -> None:
+    """Save a policy with its tokenizer, and pairs, below `folder`."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    characters = [chr(FIRST_CHARACTER + i) for i in range(VOCABULARY)]
+    bpe = Tokenizer(models.BPE({c: i for i, c in enumerate(characters)}, []))
+    bpe.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token="<end>", pad_token="<pad>", padding_side="left"
+    )
+    tokenizer.save_pretrained(folder / "policy")
+    shape = {"n_embd": WIDTH, "n_layer": LAYERS, "n_head": HEADS, "n_positions": 64}
+    shape |= {f"{k}_pdrop": 0.0 for k in ("resid", "embd", "attn")}
+    ends = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **shape, **ends
+    )
+    GPT2LMHeadModel(config).save_pretrained(folder / "policy")
+    lengths = {"prompt": PROMPT, "chosen": RESPONSE, "rejected": RESPONSE}
+    columns = {k: torch.randint(VOCABULARY, (PAIRS, n)).tolist() for k, n in lengths.items()}
+    texts = {k: ["".join(characters[i] for i in row) for row in v] for k, v in columns.items()}
+    rows = [dict(zip(texts, row, strict=True)) for row in zip(*texts.values(), strict=True)]
+    for name, part in (("train", rows), ("evaluation", rows[:2])):
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in part]
+        (folder / f"{name}.jsonl").write_text("".join(lines))
+
+
+def pairs_in(world: Path) -> list[dict[str, str]]:
+    """The training pairs."""
+    return [json.loads(line) for line in (world / "train.jsonl").read_text().splitlines()]
+
+
+# ------------------------------------------------------------------------------------ the two sides
+
+
+def our_dpo(world: Path) -> Callable[[], Any]:
+    """All that precedes the work; returns the work."""
+    from rlhf_exp.algorithms.dpo import DPO
+    from rlhf_exp.checkpoints import Checkpoints
+    from rlhf_exp.data.rows import Dataset
+    from rlhf_exp.evaluation.scoring import Evaluation, Evaluator
+    from rlhf_exp.hardware import Hardware
+    from rlhf_exp.policy import Policy
+    from rlhf_exp.reference import Reference
+    from rlhf_exp.tracking import Log, NoTracker
+    from rlhf_exp.trial import Trial
+
+    class BareTrial(Trial):
+        """Logs, but neither evaluates nor saves, as TRL is asked not to."""
+
+        def begin(self, policy: Policy, algorithm: Any, steps: int) -> int:
+            self.steps = steps
+            self.log.begin(0, steps)
+            return 0
+
+        def end_step(self, step: int, policy: Policy, algorithm: Any) -> None:
+            pass
+
+    folder = Path(tempfile.mkdtemp(dir=world))
+    policy = Policy(path=str(world / "policy"))
+    policy.load(world / "policy", trainable=True)
+    evaluator = Evaluator(Evaluation(), [], None, None, folder)
+    evaluator.due = lambda step, last: False  # type: ignore[method-assign]
+    trial = BareTrial(
+        directory=folder,
+        seed=0,
+        accelerator=Hardware(threads=1).accelerator(),
+        reference=Reference(policy),
+        pairs=lambda: world,
+        labeller=lambda: None,
+        log=Log(folder, NoTracker(), show_every=PAIRS),
+        checkpoints=Checkpoints(),
+        evaluator=evaluator,
+    )
+    algorithm = DPO(lr=LR, batch=BATCH, micro_batch=BATCH, beta=BETA)
+    return lambda: algorithm.run(policy, None, Dataset(prompts=[], held_out=[]), trial)
+
+
+def bare_settings(world: Path) -> dict[str, Any]:
+    """What TRL is told for either trainer."""
+    return {
+        "output_dir": str(world / "trl"),
+        "num_train_epochs": 1,
+        "per_device_train_batch_size": BATCH,
+        "learning_rate": LR,
+        "use_cpu": True,
+        "bf16": False,
+        "activation_checkpointing": False,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+    }
+
+
+def trl_dpo(world: Path) -> Callable[[], Any]:
+    """As `our_dpo`."""
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl.trainer.dpo_config import DPOConfig
+    from trl.trainer.dpo_trainer import DPOTrainer
+
+    tokenizer = AutoTokenizer.from_pretrained(world / "policy")
+    policy, reference = (AutoModelForCausalLM.from_pretrained(world / "policy") for _ in range(2))
+
+    def work() -> None:
+        DPOTrainer(
+            model=policy,
+            ref_model=reference,
+            args=DPOConfig(beta=BETA, **bare_settings(world)),
+            train_dataset=Dataset.from_list(pairs_in(world)),
+            processing_class=tokenizer,
+        ).train()
+
+    return work
+
+
+def our_reward(world: Path) -> Callable[[], Any]:
+    """As `our_dpo`."""
+    import rlhf_exp.rewards.training  # noqa: F401  # TRL's import is not what is measured
+    from rlhf_exp.rewards.pairwise import Pairwise
+
+    reward = Pairwise(path=str(world / "policy"), epochs=1, batch=BATCH, micro_batch=BATCH, lr=LR)
+    fitting: Any = SimpleNamespace(device="cpu")
+    folder = Path(tempfile.mkdtemp(dir=world))
+    return lambda: reward._train(world / "policy", pairs_in(world), folder, fitting)
+
+
+def trl_reward(world: Path) -> Callable[[], Any]:
+    """As `our_dpo`; the classifier is loaded in the work, as ours is."""
+    from datasets import Dataset
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from trl.trainer.reward_config import RewardConfig
+    from trl.trainer.reward_trainer import RewardTrainer
+
+    tokenizer = AutoTokenizer.from_pretrained(world / "policy")
+
+    def work() -> None:
+        model = AutoModelForSequenceClassification.from_pretrained(world / "policy", num_labels=1)
+        texts = [
+            {side: pair["prompt"] + pair[side] for side in ("chosen", "rejected")}
+            for pair in pairs_in(world)
+        ]
+        RewardTrainer(
+            model=model,
+            args=RewardConfig(**bare_settings(world)),
+            train_dataset=Dataset.from_list(texts),
+            processing_class=tokenizer,
+        ).train()
+
+    return work
+
+
+WORK = {
+    "dpo": {"ours": our_dpo, "trl": trl_dpo},
+    "reward": {"ours": our_reward, "trl": trl_reward},
+}
+
+
+def work(task: str, side: str, world: Path) -> None:
+    """What a child process does: one run, its numbers on the last line of standard output."""
+    import torch
+
+    torch.set_num_threads(1)
+    do = WORK[task][side](world)
+    wall, cpu = time.perf_counter(), time.process_time()
+    with contextlib.redirect_stdout(io.StringIO()):
+        do()
+    cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+    print(json.dumps({"task": task, "side": side, "cpu": cpu, "wall": wall}))
+
+
+# ------------------------------------------------------------------------------------ the benchmark
+
+
+def run(task: str, side: str, world: Path) -> dict[str, Any]:
+    """One run in a fresh process."""
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    }
+    command = [sys.executable, __file__, "--task", task, "--side", side, "--world", str(world)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{task} of {side} failed:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def compare(rounds: int, world: Path) -> dict[str, Any]:
+    """`rounds` runs of each side in turn, printed as they end, and pairs per CPU-second."""
+    from importlib.metadata import version
+
+    found: dict[str, Any] = about() | {"trl": version("trl"), "runs": []}
+    print(", ".join(f"{k} {v}" for k, v in found.items() if k != "runs"))
+    print(f"{'round':>5} {'task':>7} {'side':>5} {'CPU s':>8} {'wall s':>8}")
+    for number in range(1, rounds + 1):
+        for task, sides in WORK.items():
+            for side in sides:
+                result = run(task, side, world)
+                times = f"{result['cpu']:8.2f} {result['wall']:8.2f}"
+                print(f"{number:5d} {task:>7} {side:>5} {times}", flush=True)
+                found["runs"].append({"round": number, **result})
+    for task, sides in WORK.items():
+        median = {
+            side: statistics.median(
+                r["cpu"] for r in found["runs"] if (r["task"], r["side"]) == (task, side)
+            )
+            for side in sides
+        }
+        speed = {side: PAIRS / seconds for side, seconds in median.items()}
+        ratio = median["trl"] / median["ours"]
+        print(
+            f"{task}: {speed['ours']:.0f} pairs per CPU-second here, {speed['trl']:.0f} by TRL, "
+            f"ratio {ratio:.2f}"
+        )
+        found[task] = {"median_cpu": median, "pairs_per_cpu_second": speed, "ratio": ratio}
+    return found
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each side (default: 3)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers there")
+    parser.add_argument("--task", choices=list(WORK), help=argparse.SUPPRESS)
+    parser.add_argument("--side", choices=["ours", "trl"], help=argparse.SUPPRESS)
+    parser.add_argument("--world", type=Path, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Parent or child, as the arguments say."""
+    asked = arguments()
+    if asked.side:
+        work(asked.task, asked.side, asked.world)
+        return
+    if asked.rounds < 1:
+        sys.exit(f"--rounds {asked.rounds} must be at least 1")
+    with tempfile.TemporaryDirectory() as folder:
+        build_world(Path(folder))
+        found = compare(asked.rounds, Path(folder))
+    if asked.json:
+        asked.json.write_text(json.dumps(found, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
