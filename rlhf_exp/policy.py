@@ -243,9 +243,12 @@ class Policy:
         return model
 
     def _open(self, source: Path | str) -> None:
-        """Tokenizer, and what a policy of ours was saved with."""
-        self.tokenizer = weights.load_tokenizer(source)
-        saved = weights.saved_settings(source)
+        """Tokenizer, and what a policy of ours was saved with: the adapter, or else the weights."""
+        saved = weights.saved_settings(self.adapter) if self.adapter is not None else {}
+        self.tokenizer = weights.load_tokenizer(
+            self.adapter if self.adapter is not None and saved else source
+        )
+        saved = saved or weights.saved_settings(source)
         if saved:
             self.control = saved["control"]
         if self.prefix is None:
@@ -351,7 +354,8 @@ class Policy:
         """Weights or adapter, tokenizer, prefix and model card, as a folder that transformers or
         peft can load.
         """
-        self.model.save_pretrained(folder)
+        grown = {"save_embedding_layers": True} if self.lora is not None and self.control else {}
+        self.model.save_pretrained(folder, **grown)
         self.tokenizer.save_pretrained(folder)
         state = {
             "prefix": self.prefix,

@@ -253,11 +253,12 @@ def _quantized(quantization: str, dtype: str, device: str | torch.device) -> dic
 
 
 def fit_pad(model, tokenizer) -> None:
-    """Make room for the tokenizer's pad token in `model` and its config."""
-    if tokenizer.pad_token_id >= model.get_input_embeddings().num_embeddings:
+    """Make room in `model` for all that the tokenizer knows, its pad token included."""
+    needed = max(len(tokenizer), tokenizer.pad_token_id + 1)
+    if needed > model.get_input_embeddings().num_embeddings:
         with torch.random.fork_rng():
             torch.manual_seed(0)  # the new rows are drawn; every load must give the same model
-            model.resize_token_embeddings(tokenizer.pad_token_id + 1)
+            model.resize_token_embeddings(needed)
     model.config.pad_token_id = tokenizer.pad_token_id
 
 

@@ -14,8 +14,9 @@ from rlhf_exp.algorithms.conditional import Conditional
 from rlhf_exp.algorithms.labels import Attributes, Categories, FreeForm, Quantiles
 from rlhf_exp.algorithms.pool import Pool
 from rlhf_exp.data.rows import Dataset
+from rlhf_exp.evaluation.scoring import against_reference
 from rlhf_exp.feedback import Feedback
-from rlhf_exp.policy import Rollouts
+from rlhf_exp.policy import Policy, Rollouts
 
 pytest_plugins = ["lab_fixtures"]
 NUMBERS = json.loads((Path(__file__).parent / "vectors" / "conditional.json").read_text())
@@ -377,3 +378,107 @@ def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], messa
 def test_names_must_differ() -> None:
     with pytest.raises(ValueError, match=r"algo\.labels\.names=\['a', 'a'\]"):
         Quantiles(names=["a", "a"])
+
+
+# ---- what is saved, what is loaded, what is measured
+
+
+def test_a_saved_policy_goes_on_asking_for_the_best(lab: MakeLab, tmp_path: Path) -> None:
+    room = lab()
+    room.run(quark(steps=1, updates=2))
+    room.policy.save(tmp_path / "saved")
+    again = Policy(path=str(tmp_path / "saved"), sft=False, max_new_tokens=8)
+    again.load(tmp_path / "saved")
+    assert (again.prefix, again.control) == (TOKENS[0], room.policy.control)
+    assert again.encode(["big cat:"])[0][0] == again.control[0]
+    rollouts = again.sample(PROMPTS, 20)
+    assert not set(again.control) & set(rollouts.response_ids.flatten().tolist())
+    bare = Policy(path=str(tmp_path / "saved"), sft=False, prefix="", max_new_tokens=8)
+    bare.load(tmp_path / "saved")
+    assert bare.encode(["big cat:"])[0][0] != again.control[0]
+
+
+def test_an_adapter_trained_with_control_tokens_loads_again(lab: MakeLab, tmp_path: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    room = lab(lora={"r": 2, "fan_in_fan_out": True})
+    room.run(quark(steps=1, updates=2))
+    room.policy.save(tmp_path / "saved")
+    base: Any = AutoModelForCausalLM.from_pretrained(room.policy.source)
+    tokenizer: Any = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    base.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    loaded = PeftModel.from_pretrained(base, str(tmp_path / "saved")).eval()
+    ids = torch.tensor(room.policy.encode(["big cat:"]))
+    assert torch.equal(loaded(ids).logits, room.policy.model(ids).logits)
+    again = Policy(
+        path=room.policy.source, adapter=str(tmp_path / "saved"), sft=False, max_new_tokens=8
+    )
+    again.load(room.policy.source)
+    assert (again.prefix, again.control) == (TOKENS[0], room.policy.control)
+    torch.testing.assert_close(again.model(ids).logits, loaded(ids).logits, atol=1e-5, rtol=0)
+
+
+def test_the_kl_is_to_what_the_start_policy_says_of_the_bare_prompt(lab: MakeLab) -> None:
+    room = lab()
+    room.policy.prefix = "old hat: "
+    rollouts = room.policy.sample(PROMPTS, 2)
+    log_ratio, nll = against_reference(room.policy, room.trial.reference, rollouts)
+    bare = room.policy.assemble(rollouts.prompts, rollouts.responses(), [""] * len(rollouts))
+    for i in range(len(rollouts)):
+        asked, plain = (_logprobs(room.policy, r, i) for r in (rollouts, bare))
+        length = len(asked)
+        torch.testing.assert_close(log_ratio[i, :length], asked - plain, atol=1e-5, rtol=0)
+        assert not log_ratio[i, length:].any()
+        assert float(nll[i]) == pytest.approx(-float(plain.mean()), abs=1e-5)
+    assert float(log_ratio.abs().max()) > 0.01, "the prefix changes what is said"
+
+
+def _logprobs(policy: Policy, rollouts: Rollouts, row: int) -> torch.Tensor:
+    """Of the response tokens of one row, asked alone and without padding."""
+    ids = rollouts.ids[row][rollouts.mask[row] == 1]
+    count = int(rollouts.response[row].sum())
+    with torch.no_grad():
+        logprobs = policy.model(ids[None]).logits[0, :-1].log_softmax(-1)
+    return logprobs.gather(1, ids[1:, None])[-count:, 0]
+
+
+# ---- a pool from elsewhere
+
+
+def write_pool(path: Path, **more: Any) -> str:
+    rows = [{"prompt": p, "generations": ["aeiou", "xyz"]} | more for p in PROMPTS]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_the_first_step_learns_from_a_file_too(lab: MakeLab, tmp_path: Path) -> None:
+    room = lab()
+    algorithm = ready(room, quark(compare=0, start=write_pool(tmp_path / "p.jsonl")))
+    metrics = algorithm.learn(scored(room, PROMPTS), 0)
+    assert metrics["pool/rows"] == 9 + 18
+    assert algorithm.pool.scores[:2] == [5.0, 0.0], "scored here, as the file has no rewards"
+    end = room.policy.tokenizer.eos_token_id
+    assert [r[-1] == end for r in algorithm.pool.responses[:2]] == algorithm.pool.ended[:2]
+    assert algorithm.learn(scored(room, PROMPTS), 1)["pool/rows"] == 9 + 18 + 9, "once"
+    given = write_pool(tmp_path / "q.jsonl", rewards=[0.25, 0.75], ended=[True, False])
+    other = ready(lab(), quark(compare=0, start=given))
+    other._collect(scored(lab(), PROMPTS), 0)
+    assert (other.pool.scores[:2], other.pool.ended[:2]) == ([0.25, 0.75], [True, False])
+
+
+def test_feedback_in_a_file_is_not_asked_for_again(lab: MakeLab, tmp_path: Path) -> None:
+    room = lab()
+    provider = Says(Task, Feedback("poor"))
+    path = write_pool(tmp_path / "p.jsonl", rewards=[1.0, 0.0], feedbacks=["fine", None])
+    labels = Categories(feedback=provider)
+    algorithm = ready(room, alt(labels=labels, start=path, compare=0, fill=True))
+    algorithm.learn(scored(room, PROMPTS, 4), 0)
+    assert provider.counts["asked"] == 36
+    assert algorithm.pool.feedbacks.count("fine") == 9
+    assert len(algorithm.pool) == 9 + 36
+
+
+def test_a_start_that_is_not_there_is_told_before_anything_loads(lab: MakeLab) -> None:
+    with pytest.raises(FileNotFoundError, match="no data file at missing"):
+        quark(start="missing.jsonl").check(lab().policy)
