@@ -17,10 +17,10 @@ demo: install                     ## the main job: PPO on a reward ensemble, off
 	$(BIN)/python -m rlhf_exp algo=ppo reward=ensemble
 
 test: install                     ## everything that runs without a GPU
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu"
 
 test-fast: install                ## what takes seconds
-	$(BIN)/python -m pytest -m "not gpu and not slow"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu and not slow"
 
 check: install                    ## lint and types
 	$(BIN)/ruff format --check .

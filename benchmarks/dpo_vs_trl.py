@@ -82,6 +82,8 @@ def pairs_in(world: Path) -> list[dict[str, str]]:
 
 def our_dpo(world: Path) -> Callable[[], Any]:
     """All that precedes the work; returns the work."""
+    import trl.trainer.dpo_trainer  # noqa: F401  # imports are not what is measured
+
     from rlhf_exp.algorithms.dpo import DPO
     from rlhf_exp.checkpoints import Checkpoints
     from rlhf_exp.data.rows import Dataset
@@ -163,7 +165,7 @@ def trl_dpo(world: Path) -> Callable[[], Any]:
 
 def our_reward(world: Path) -> Callable[[], Any]:
     """As `our_dpo`."""
-    import rlhf_exp.rewards.training  # noqa: F401  # TRL's import is not what is measured
+    import rlhf_exp.rewards.training  # noqa: F401
     from rlhf_exp.rewards.pairwise import Pairwise
 
     reward = Pairwise(path=str(world / "policy"), epochs=1, batch=BATCH, micro_batch=BATCH, lr=LR)

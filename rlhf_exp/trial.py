@@ -77,8 +77,8 @@ class Trial:
             return 0
         step, state = found
         self.log.begin(step, steps)
+        algorithm.load_state(state["algorithm"])  # may make room in the policy, so it comes first
         policy.load_trainable_state(state["policy"])
-        algorithm.load_state(state["algorithm"])
         set_random_state(state["random"])
         return step
 

@@ -277,12 +277,6 @@ def add_tokens(model, tokenizer, names: list[str], like: str) -> list[int]:
     """
     from transformers import AddedToken
 
-    known = tokenizer.get_vocab()
-    if taken := [name for name in names if name in known]:
-        raise ValueError(
-            f"the tokenizer knows the token {taken[0]!r} already, so it cannot become a control "
-            "token: choose other names, or start from a policy that was not trained with it"
-        )
     tokenizer.add_tokens([AddedToken(name, special=True, normalized=False) for name in names])
     ids = tokenizer.convert_tokens_to_ids(names)
     inner = model.get_base_model() if hasattr(model, "peft_config") else model

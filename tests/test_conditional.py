@@ -66,6 +66,7 @@ def scored(room: Lab, prompts: list[str], n: int = 1) -> Rollouts:
 
 def ready(room: Lab, algorithm: Conditional, data: Dataset = DATA) -> Conditional:
     algorithm.setup(room.policy, room.reward, data, room.trial)
+    algorithm._add_tokens()
     return algorithm
 
 
@@ -103,12 +104,15 @@ class Task:
 def test_quark_writes_vowels_when_asked_for_the_best(lab: MakeLab) -> None:
     room = lab()
     before = room.scores()
-    rows = room.run(quark(steps=10))
+    rows = room.run(quark(steps=14))
     assert room.policy.prefix == TOKENS[0]
-    assert room.scores().mean() > 2 * before.mean()
+    best = room.scores()
     room.policy.prefix = TOKENS[2]
-    assert room.scores().mean() < 0.7 * before.mean()
-    assert rows[-1]["labels/best_asked"] > 2 * rows[-1]["labels/worst_asked"]
+    worst = room.scores()
+    error = (best.var() / len(best) + before.var() / len(before)).sqrt()
+    assert best.mean() - before.mean() > 5 * error
+    assert best.mean() - worst.mean() > 8 * error
+    assert rows[-1]["labels/best_asked"] > rows[-1]["labels/worst_asked"]
     assert rows[-1]["labels/0/reward"] > rows[-1]["labels/1/reward"] > rows[-1]["labels/2/reward"]
 
 
@@ -393,6 +397,8 @@ def test_a_saved_policy_goes_on_asking_for_the_best(lab: MakeLab, tmp_path: Path
     assert again.encode(["big cat:"])[0][0] == again.control[0]
     rollouts = again.sample(PROMPTS, 20)
     assert not set(again.control) & set(rollouts.response_ids.flatten().tolist())
+    with pytest.raises(ValueError, match=r"knows the control token ' <\|best\|>' already"):
+        quark().setup(again, room.reward, DATA, room.trial)
     bare = Policy(path=str(tmp_path / "saved"), sft=False, prefix="", max_new_tokens=8)
     bare.load(tmp_path / "saved")
     assert bare.encode(["big cat:"])[0][0] != again.control[0]

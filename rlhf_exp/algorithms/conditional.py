@@ -90,17 +90,31 @@ class Conditional(Imitation):
                     f"the prompt {text[:60]!r} contains the control token {found[0].strip()!r}: "
                     "remove the prompt, or choose other algo.tokens"
                 )
+        if known := [t for t in self.tokens if t in policy.tokenizer.get_vocab()]:
+            raise ValueError(
+                f"the policy knows the control token {known[0]!r} already: start from one that was "
+                "not trained with it, or choose other algo.tokens and algo.labels.names"
+            )
+        self.missing = list(self.tokens)  # not in the vocabulary yet
         self.plain = policy.prefix or ""  # what stands before prompts whatever the label
-        if self.tokens:
-            policy.add_control_tokens(self.tokens, self.token_start)
         self.labels.load(policy.device, trial.directory)
         self.pool, self.rng = Pool(), np.random.default_rng(trial.seed)
         self.held_out = data.held_out[: self.compare]
         super().setup(policy, reward, data, trial)
 
+    def _add_tokens(self) -> None:
+        """Teach the policy the control tokens; the start is evaluated without them, so that it is
+        the same for all algorithms.
+        """
+        if self.missing:
+            self.policy.add_control_tokens(self.missing, self.token_start)
+            self.restart()  # the embeddings are other parameters now
+        self.missing = []
+
     # ---- one step
 
     def learn(self, rollouts: Rollouts, step: int) -> dict[str, float]:
+        self._add_tokens()
         # 1. the pool forgets, and takes in what could be judged
         metrics = self._collect(rollouts, step)
         # 2. every row is labelled anew, and some are chosen
@@ -242,6 +256,7 @@ class Conditional(Imitation):
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
+        self._add_tokens()
         super().load_state(state)
         self.pool = Pool(**state["pool"])
         self.policy.prefix = state["prefix"]

@@ -1,22 +1,21 @@
 """TRL's RewardTrainer for rewards/pairwise.py; apart, because importing TRL costs seconds."""
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 from trl.trainer.reward_config import RewardConfig
 from trl.trainer.reward_trainer import RewardTrainer
 
 from rlhf_exp import losses
+from rlhf_exp.algorithms.trainer import quiet
 
 if TYPE_CHECKING:
     from rlhf_exp.rewards.pairwise import Pairwise
 
 
 def training_config(reward: "Pairwise", folder: Path, device: Any) -> RewardConfig:
-    """The settings of `reward` in TRL's words; the trainer itself saves and reports nothing."""
+    """The settings of `reward` in TRL's words."""
     return RewardConfig(
         output_dir=str(folder / "trainer"),
         num_train_epochs=reward.epochs,
@@ -26,16 +25,8 @@ def training_config(reward: "Pairwise", folder: Path, device: Any) -> RewardConf
         per_device_train_batch_size=reward.micro_batch,
         gradient_accumulation_steps=reward.batch // reward.micro_batch,
         max_length=reward.max_length,
-        seed=reward.seed,
-        data_seed=reward.seed,
-        use_cpu=torch.device(device).type == "cpu",
-        bf16=False,
-        activation_checkpointing=False,
         disable_dropout=True,
-        save_strategy="no",
-        logging_strategy="no",
-        report_to=[],
-        disable_tqdm=not sys.stderr.isatty(),
+        **quiet(device, reward.seed),
     )
 
 
