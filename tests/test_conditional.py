@@ -271,6 +271,20 @@ def test_the_pool_grows_in_quark_and_is_renewed_in_alt(lab: MakeLab) -> None:
     assert all(len(r["generations"]) == len(r["rewards"]) for r in rows)
 
 
+def test_half_of_every_label_is_forgotten_where_prompts_come_once(lab: MakeLab) -> None:
+    room = lab()
+    algorithm = ready(room, quark(drop_factor=0.5, compare=0))
+    prompts = [f"{p} {i}" for p in PROMPTS for i in range(2)]
+    for step, rows in enumerate((18, 27)):
+        assert algorithm.learn(scored(room, prompts), step)["pool/rows"] == rows
+
+
+def test_a_restart_keeps_no_optimizer(lab: MakeLab) -> None:
+    room = lab()
+    room.run(alt(steps=3))
+    assert len(room.trial.accelerator._optimizers) == 1
+
+
 def test_learning_takes_as_many_of_every_label(lab: MakeLab) -> None:
     room = lab()
     algorithm = ready(room, alt(samples=6, per_prompt=4, compare=0))
@@ -470,7 +484,8 @@ def test_the_first_step_learns_from_a_file_too(lab: MakeLab, tmp_path: Path) -> 
     given = write_pool(tmp_path / "q.jsonl", rewards=[0.25, 0.75], ended=[True, False])
     other = ready(lab(), quark(compare=0, start=given))
     other._collect(scored(lab(), PROMPTS), 0)
-    assert (other.pool.scores[:2], other.pool.ended[:2]) == ([0.25, 0.75], [True, False])
+    assert other.pool.scores[:2] == [5.0, 0.0], "rewards of another origin are not mixed in"
+    assert other.pool.ended[:2] == [True, False]
 
 
 def test_feedback_in_a_file_is_not_asked_for_again(lab: MakeLab, tmp_path: Path) -> None:

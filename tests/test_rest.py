@@ -122,6 +122,16 @@ def test_prompts_set_aside_are_not_learned_from(lab: MakeLab) -> None:
     assert set(algorithm.pool.prompts) == set(PROMPTS[:5])
 
 
+def test_demonstrations_about_prompts_set_aside_are_left_out(lab: MakeLab) -> None:
+    room = lab()
+    told = [Demonstration(p, " aaaa") for p in PROMPTS]
+    data = Dataset(prompts=PROMPTS, held_out=PROMPTS, demonstrations=told)
+    algorithm = ready(room, rest(validation=4, demonstrations=None), data)
+    aside = algorithm._grow(scored(room, 12))
+    assert not set(aside) & set(algorithm.pool.prompts)
+    assert algorithm.pool.completions.count(" aaaa") == 5
+
+
 def test_the_learning_rate_falls_with_every_improve_step(
     lab: MakeLab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -193,6 +203,7 @@ def test_demonstrations_are_scored_and_have_to_pass_too(lab: MakeLab) -> None:
 def test_equal_completions_count_once_unless_told_otherwise(lab: MakeLab) -> None:
     room = lab()
     rollouts = scored(room, 2)
+    rollouts.scores = torch.arange(len(rollouts)).float()
     doubled = rollouts.select(torch.tensor([0, 0, 1, 1, 1]))
     sizes = []
     for once in (True, False):
@@ -240,7 +251,7 @@ def test_equal_rewards_pass_no_threshold(lab: MakeLab) -> None:
     algorithm = ready(room, rest())
     rollouts = scored(room, 12)
     rollouts.scores = torch.ones(len(rollouts))
-    with pytest.raises(ValueError, match="rewards go from 1 to 1: lower"):
+    with pytest.raises(ValueError, match=r"all .* completions of this Grow 1, so none is better"):
         algorithm.learn(rollouts, 0)
 
 

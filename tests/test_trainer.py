@@ -2,8 +2,6 @@
 bits, they leave nothing behind in the policy, and they ask nobody but the trial.
 """
 
-import hashlib
-import json
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -13,19 +11,17 @@ import pytest
 import torch
 from conftest import tiny_policy
 from lab import PROMPTS, Lab, MakeLab
-from runs import inside, logged, rows, timeless
+from runs import rows, timeless
 
 from rlhf_exp.algorithms.dpo import DPO
 from rlhf_exp.algorithms.sft import SFT
 from rlhf_exp.algorithms.trainer import TrainerAlgorithm, completion_ids
 from rlhf_exp.algorithms.trl_online import GRPO, RLOO
-from rlhf_exp.checkpoints import Checkpoints
 from rlhf_exp.data.local import write_jsonl
 from rlhf_exp.data.rows import Dataset, Demonstration
 from rlhf_exp.trial import Stopped
-from rlhf_exp.worker import resume
 
-pytest_plugins = ["lab_fixtures", "runs_fixtures"]
+pytest_plugins = ["lab_fixtures"]
 
 COMPLETIONS = ["aa", "ee oo", "xyz", "iii", "k", "ooo uuu", "ttt"]
 TOLD = [Demonstration(p, c) for p, c in zip(PROMPTS * 2, COMPLETIONS * 3, strict=False)]
@@ -100,40 +96,6 @@ def test_stopped_twice_and_resumed_to_the_same_bits(
     assert timeless(cut.directory / "metrics.jsonl") == metrics
     assert sorted(row["step"] for row in metrics if not is_evaluation(row)) == list(range(last))
     assert not torch.equal(whole.weights(), Lab(base, tmp_path / "new", lora=lora).weights())
-
-
-@pytest.mark.parametrize("name", ["sft", "dpo", "grpo", "rloo"])
-def test_a_run_that_died_is_resumed_to_the_same_files(
-    name: str, artifacts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked = ["experiment=debug", f"algo={name}", "algo.steps=4", f"artifacts={artifacts}"]
-    assert inside(tmp_path / "whole", *asked) == 0
-    save = Checkpoints.save
-
-    def full_disk(self: Checkpoints, step: int, *others: Any) -> None:
-        if step > 2:
-            raise OSError(28, "No space left on device")
-        save(self, step, *others)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Checkpoints, "save", full_disk)
-        assert inside(tmp_path / "cut", *asked) == 1
-    assert not (tmp_path / "cut" / "policy").exists()
-    assert logged(lambda: resume(tmp_path / "cut")) == 0
-    whole, cut = (outcome(tmp_path / side) for side in ("whole", "cut"))
-    assert cut == whole
-    assert len(whole["metrics"]) == 4 + 3  # steps, and evaluations after 0, 2 and 4
-
-
-def outcome(directory: Path) -> dict[str, Any]:
-    """What a run leaves, apart from what the clock decides."""
-    policy = (directory / "policy" / "model.safetensors").read_bytes()
-    return {
-        "policy": hashlib.sha256(policy).hexdigest(),
-        "metrics": timeless(directory / "metrics.jsonl"),
-        "evaluation": [p.read_text() for p in sorted((directory / "evaluation").iterdir())],
-        "summary": json.loads((directory / "summary.json").read_text())["gold"],
-    }
 
 
 def is_evaluation(row: dict[str, float]) -> bool:

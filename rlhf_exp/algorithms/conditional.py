@@ -39,7 +39,8 @@ class Conditional(Imitation):
     form: str = "{label}"  # what stands before the prompt
     tokens: list[str] = field(default_factory=list)  # control tokens the vocabulary gets
     token_start: str = "distribution"  # their embeddings: distribution of the others, or end
-    # share of the pool forgotten before new completions are added, at random by prompt and label
+    # share of the pool forgotten before new completions are added, drawn alike from every label (of
+    # every prompt, where labels are each prompt's own), or under a judge from every prompt
     drop_factor: float = 0.0
     # completions of each prompt to learn from, balanced by label; null: the whole pool
     per_prompt: int | None = None
@@ -145,7 +146,12 @@ class Conditional(Imitation):
             self._add(*self.given())
         elif self.drop_factor and len(self.pool):
             _, ranks = self.labels.label(self.pool)
-            cells = numbered(list(zip(self.pool.prompts, ranks.tolist(), strict=True)))
+            keys: dict[str, list[Any]] = {
+                "label": ranks.tolist(),
+                "prompt": self.pool.prompts,
+                "both": list(zip(self.pool.prompts, ranks.tolist(), strict=True)),
+            }
+            cells = numbered(keys[self.labels.drop_by])
             self.pool.keep(survivors(cells, self.drop_factor, self.rng))
         return {"pool/unjudged": float(self._add(rollouts, None))}
 

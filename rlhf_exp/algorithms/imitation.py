@@ -17,7 +17,6 @@ from rlhf_exp import losses
 from rlhf_exp.algorithms.descent import Descent
 from rlhf_exp.algorithms.online import Online
 from rlhf_exp.choices import require
-from rlhf_exp.data.local import require_file
 from rlhf_exp.data.rows import Dataset
 from rlhf_exp.feedback import Feedback
 from rlhf_exp.generated import read_generations
@@ -114,7 +113,7 @@ class Imitation(Online):
 
     def check(self, policy: Policy) -> None:
         if self.start is not None:
-            require_file(Path(self.start).expanduser())
+            read_generations(Path(self.start).expanduser())
 
     def setup(self, policy: Policy, reward: Any, data: Dataset, trial: Trial) -> None:
         self.policy, self.reward, self.trial = policy, reward, trial
@@ -123,6 +122,7 @@ class Imitation(Online):
 
     def restart(self) -> None:
         """A fresh optimizer on the policy as it is."""
+        self.trial.accelerator.free_memory()  # or it keeps the optimizer before, moments and all
         trained = [p for p in self.policy.model.parameters() if p.requires_grad]
         self.descent = Descent(
             self.trial.accelerator,
@@ -135,7 +135,7 @@ class Imitation(Online):
         )
 
     def given(self) -> tuple[Rollouts, list[Feedback | None] | None]:
-        """What `start` holds: completions with their rewards, scored now if the file has none, and
+        """What `start` holds: completions, scored by the run's reward whatever the file says, and
         what was said of them.
         """
         assert self.start is not None
@@ -149,11 +149,8 @@ class Imitation(Online):
             if ended or (ended is None and len(response) < limit):
                 response.append(tokenizer.eos_token_id)
         rollouts = self.policy.assemble(prompts, responses)
-        if all(row.rewards is not None for row in rows):
-            rollouts.scores = torch.tensor([r for row in rows for r in row.rewards or []])
-        else:
-            scores = score(self.reward, prompts, texts)
-            rollouts.scores, rollouts.members = scores.objective, scores.members
+        scores = score(self.reward, prompts, texts)
+        rollouts.scores, rollouts.members = scores.objective, scores.members
         if any(row.feedbacks is None for row in rows):
             return rollouts, None
         grades = [g for row in rows for g in row.scores or [None] * len(row.generations)]

@@ -28,6 +28,11 @@ class Labelling(Protocol):
     kinds: int
     asks: ClassVar[bool] = False  # whether `judge` asks anybody
 
+    @property
+    def drop_by(self) -> str:
+        """From what the pool forgets a share: each label, each prompt, or both."""
+        return "both" if getattr(self, "scope", None) == "prompt" else "label"
+
     def check(self) -> None:
         """Refuse what can be known to fail before anything loads."""
 
@@ -137,6 +142,10 @@ class Judged(Labelling):
     def __post_init__(self) -> None:
         self.names = []
         self.before: dict[str, int] = {}
+
+    @property
+    def drop_by(self) -> str:
+        return "prompt"
 
     def check(self) -> None:
         self.feedback.check()

@@ -142,18 +142,32 @@ class ReST(Imitation):
         if not self.accumulate:
             self.pool = Pool()
         count = len(rollouts) - self.validation * self.samples
+        aside = list(dict.fromkeys(rollouts.prompts[count:]))
         self.pool.add(rollouts.select(torch.arange(count)))
         if step == 0 and self.start is not None:
             self.pool.add(self.given()[0])
         self._add_demonstrations()
+        others = [i for i, prompt in enumerate(self.pool.prompts) if prompt not in set(aside)]
+        self.pool.keep(np.array(others, dtype=np.int64))
+        if len(self.pool) == 0:
+            raise ValueError(
+                f"no completion is left beside the {len(aside)} prompts set aside: lower "
+                f"algo.validation={self.validation}, or give more prompts"
+            )
         if self.deduplicate:
             cells = list(zip(self.pool.prompts, map(tuple, self.pool.responses), strict=True))
             self.pool.keep(np.unique(numbered(cells), return_index=True)[1])
         rewards = np.asarray(self.pool.scores)
-        if self.normalise and rewards.max() > rewards.min():
+        if rewards.min() == rewards.max():
+            raise ValueError(
+                f"the reward gives all {len(rewards)} completions of this Grow {rewards[0]:.4g}, "
+                "so none is better than another: use another reward, or let the policy vary more "
+                "(policy.temperature)"
+            )
+        if self.normalise:
             rewards = (rewards - rewards.min()) / (rewards.max() - rewards.min())
         self.rewards, self.groups = rewards, self.pool.groups()
-        return list(dict.fromkeys(rollouts.prompts[count:]))
+        return aside
 
     def _add_demonstrations(self) -> None:
         """The original data, scored by the same reward."""

@@ -110,11 +110,7 @@ class TRLOnline(TrainerAlgorithm):
         """Train `policy` in place."""
         self.rollouts: Rollouts
         start, resume = self.begin(policy, trial, self.steps)
-        prompts = [
-            p
-            for step in range(self.steps)
-            for p in prompts_at(data.prompts, step, self.batch, trial.seed)
-        ]
+        prompts = prompts_at(data.prompts, 0, self.steps * self.batch, trial.seed)
 
         def judge(prompts: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
             self.rollouts = scored(policy, reward, prompts, completion_ids)

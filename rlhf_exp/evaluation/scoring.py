@@ -135,7 +135,8 @@ def against_reference(
         )
         mask = rollouts.response[batch.rows, : batch.length]
         found[batch.rows, : batch.length] = (new - ref) * mask
-        nll[batch.rows, : batch.length] = -ref * mask
+        plain = losses.selective_log_softmax(ref_logits, batch.response_ids)
+        nll[batch.rows, : batch.length] = -plain * mask
     return found.cpu(), (nll.sum(1) / rollouts.response.sum(1).clamp(min=1)).cpu()
 
 
