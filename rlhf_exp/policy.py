@@ -253,6 +253,9 @@ class Policy:
             self.control = saved["control"]
         if self.prefix is None:
             self.prefix = saved.get("prefix", "")
+            self.plain = saved.get("plain", self.prefix)
+        elif not hasattr(self, "plain"):
+            self.plain = self.prefix  # what stands before prompts if no label does
 
     @property
     def device(self) -> torch.device:
@@ -359,6 +362,7 @@ class Policy:
         self.tokenizer.save_pretrained(folder)
         state = {
             "prefix": self.prefix,
+            "plain": self.plain,
             "control": self.control,
             "chat": self.chat,
             "base": self.source,

@@ -306,6 +306,11 @@ def _drawn(seen: torch.Tensor, count: int, like: str, end: int) -> torch.Tensor:
     return pick(like, starts, "algo.token_start")()
 
 
+def trains_rows(parameter: nn.Parameter) -> bool:
+    """Whether some rows of `parameter` are trained and the others frozen."""
+    return getattr(parameter, "trains_rows", False)
+
+
 def _train_rows(weight: nn.Parameter, ids: list[int]) -> None:
     """Let gradients reach these rows of a frozen matrix, and no others."""
     if weight.requires_grad:
@@ -313,6 +318,7 @@ def _train_rows(weight: nn.Parameter, ids: list[int]) -> None:
     keep = torch.zeros(weight.shape[0], 1, device=weight.device)
     keep[ids] = 1.0
     weight.requires_grad_(True)
+    weight.trains_rows = True  # type: ignore[attr-defined]
     weight.register_hook(lambda gradient: gradient * keep.to(gradient.dtype))
 
 

@@ -97,6 +97,10 @@ class Task:
     attributes = MappingProxyType({"fine": "good:1", "poor": "good:0"})
     highest = 3
 
+    @staticmethod
+    def parse(reply: str) -> Feedback | None:
+        return Feedback(reply.lower()) if reply.lower() in Task.names else None
+
 
 # ---- it learns
 
@@ -219,12 +223,13 @@ def test_the_end_token_lends_its_embedding(lab: MakeLab) -> None:
     assert torch.equal(weight[room.policy.control[0]], weight[room.policy.tokenizer.eos_token_id])
 
 
+# Weight decay would reach every row of a matrix of which some are trained.
 @pytest.mark.parametrize("kind", [{"lora": {"r": 2, "fan_in_fan_out": True}}, {"train_top": 1}])
 def test_where_embeddings_are_frozen_the_new_rows_alone_learn(
     kind: dict[str, Any], lab: MakeLab
 ) -> None:
     room = lab(**kind)
-    algorithm = ready(room, quark(compare=0))
+    algorithm = ready(room, quark(compare=0, weight_decay=0.1))
     weight = room.policy.model.get_input_embeddings().weight
     before = weight.detach().clone()
     algorithm.learn(scored(room, PROMPTS, 4), 0)
@@ -267,7 +272,7 @@ def test_the_pool_grows_in_quark_and_is_renewed_in_alt(lab: MakeLab) -> None:
     assert [f.name for f in files] == [f"step-{i:06d}.jsonl" for i in (1, 2, 3)]
     rows = [json.loads(line) for line in files[-1].read_text().splitlines()]
     assert {r["prompt"] for r in rows} == set(PROMPTS)
-    assert sum(len(r["generations"]) for r in rows) == 180
+    assert sum(len(r["generations"]) for r in rows) == 60, "what this step brought"
     assert all(len(r["generations"]) == len(r["rewards"]) for r in rows)
 
 
@@ -384,6 +389,16 @@ def test_a_judge_of_whom_nothing_can_be_used_is_an_error(lab: MakeLab) -> None:
         ({"epochs": None}, r"algo\.updates=None and algo\.epochs=None"),
         ({"drop_factor": 1.5}, r"algo\.drop_factor=1\.5"),
         ({"per_prompt": 1}, r"algo\.per_prompt=1 is less than .* 2 labels"),
+        ({"per_prompt": 5}, r"algo\.per_prompt=5 cannot be shared equally among 2 labels"),
+        ({"per_prompt": None, "fill": True}, r"algo\.fill=true tops up algo\.per_prompt"),
+        ({"epochs": -1.0}, r"algo\.epochs=-1\.0 must be positive"),
+        ({"compare": -1}, r"algo\.compare=-1"),
+        ({"lr": -1.0}, r"algo\.lr=-1\.0 must be positive"),
+        ({"kl_target": 1.0}, r"algo\.kl_target=1\.0 steers algo\.kl_coef, which is 0"),
+        (
+            {"labels": Quantiles(names=TOKENS), "batch": 1, "samples": 2, "per_prompt": 3},
+            r"algo\.batch=1 \* algo\.samples=2 completions cannot be cut into 3 quantiles",
+        ),
         ({"token_start": "zero"}, r"algo\.token_start"),
         ({"tokens": ["<x>"], "kl_coef": 0.1}, r"algo\.reference_sees_label=false"),
     ],
@@ -463,6 +478,36 @@ def _logprobs(policy: Policy, rollouts: Rollouts, row: int) -> torch.Tensor:
     return logprobs.gather(1, ids[1:, None])[-count:, 0]
 
 
+def test_a_prompt_too_long_behind_its_label_is_told(lab: MakeLab) -> None:
+    room = lab()
+    fits = "big cat " * 6 + ":"
+    data = Dataset(prompts=[fits], held_out=[fits])
+    ready(lab(), alt(form="{label} "), data)
+    with pytest.raises(ValueError, match=r"prompt 1 .* context of 64"):
+        ready(room, alt(form="{label} this is what we have to say of it: "), data)
+
+
+def test_feedback_too_long_for_the_context_is_left_out_and_counted(lab: MakeLab) -> None:
+    room = lab()
+    said = [Feedback("Clear.", 3.0), Feedback("On and on. " * 9, 2.0)]
+    labels = FreeForm(feedback=Says(Task, *said))
+    algorithm = ready(room, alt(labels=labels, samples=8, per_prompt=8, fill=True, compare=0))
+    assert algorithm.learn(scored(room, PROMPTS, 8), 0)["pool/unjudged"] == 36
+    assert set(algorithm.pool.feedbacks) == {"Clear."}
+
+
+def test_the_next_iteration_does_not_nest_its_labels(lab: MakeLab, tmp_path: Path) -> None:
+    room = lab()
+    room.run(alt(steps=1))
+    room.policy.save(tmp_path / "first")
+    again = Policy(path=str(tmp_path / "first"), sft=False, max_new_tokens=8)
+    again.load(tmp_path / "first", trainable=True)
+    assert (again.prefix, again.plain) == ("Good. input: ", "")
+    algorithm = alt()
+    algorithm.setup(again, room.reward, DATA, room.trial)
+    assert algorithm._before("Good.") == "Good. input: "
+
+
 # ---- a pool from elsewhere
 
 
@@ -491,11 +536,12 @@ def test_the_first_step_learns_from_a_file_too(lab: MakeLab, tmp_path: Path) -> 
 def test_feedback_in_a_file_is_not_asked_for_again(lab: MakeLab, tmp_path: Path) -> None:
     room = lab()
     provider = Says(Task, Feedback("poor"))
-    path = write_pool(tmp_path / "p.jsonl", rewards=[1.0, 0.0], feedbacks=["fine", None])
+    path = write_pool(tmp_path / "p.jsonl", rewards=[1.0, 0.0], feedbacks=["Fine", "so-so"])
     labels = Categories(feedback=provider)
     algorithm = ready(room, alt(labels=labels, start=path, compare=0, fill=True))
-    algorithm.learn(scored(room, PROMPTS, 4), 0)
+    metrics = algorithm.learn(scored(room, PROMPTS, 4), 0)
     assert provider.counts["asked"] == 36
+    assert metrics["pool/unjudged"] == 9, "no judge could have said so-so"
     assert algorithm.pool.feedbacks.count("fine") == 9
     assert len(algorithm.pool) == 9 + 36
 

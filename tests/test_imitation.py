@@ -72,10 +72,11 @@ def test_the_loss_is_quarks_and_alts(settings, kl, mean, total) -> None:
     torch.testing.assert_close(
         terms["entropy"], torch.tensor(CASE["entropy"]).double(), atol=1e-6, rtol=0
     )
+    assert ("kl" in terms) == bool(kl)
     if kl:
         torch.testing.assert_close(terms["kl"], torch.tensor(CASE[kl]).double(), atol=1e-6, rtol=0)
         assert float((terms["kl"] * mask).sum() / count) == pytest.approx(CASE[mean], abs=1e-6)
-    loss = terms["nll"] + algorithm.kl_coef * terms["kl"] - 0.06 * terms["entropy"]
+    loss = terms["nll"] + algorithm.kl_coef * terms.get("kl", 0.0) - 0.06 * terms["entropy"]
     assert float((loss * mask).sum() / count) == pytest.approx(CASE[total], abs=1e-6)
 
 
@@ -171,6 +172,11 @@ def test_gradients_that_are_not_finite_end_the_step_in_words(lab: MakeLab) -> No
     with pytest.raises(ValueError, match=r"no update .* finite .* algo\.lr"):
         algorithm.imitate(examples, 2)
     assert algorithm.descent.skipped == 2
+    examples.weights[:] = 1.0
+    algorithm.restart()
+    metrics = algorithm.imitate(examples, 2)
+    assert metrics["imitation/skipped_updates"] == 2, "of the run, not of the present optimizer"
+    assert "imitation/kl" not in metrics, "nobody measured it"
 
 
 @pytest.mark.parametrize(

@@ -97,6 +97,7 @@ def test_reward_rises_along_improve_steps(lab: MakeLab) -> None:
         along = [row[f"rest/validation/{i}"] for i in range(4)]
         assert row["rest/improved"] > 0
         assert max(along) == along[int(row["rest/improved"])] > along[0]
+        assert [row[f"rest/lr/{i}"] for i in (1, 2, 3)] == pytest.approx([3e-3, 2.1e-3, 1.47e-3])
         assert row["rest/kept/1"] >= row["rest/kept/2"] >= row["rest/kept/3"] > 0
     assert rows[-1]["rest/validation/0"] > rows[0]["rest/validation/0"]
 
@@ -138,7 +139,8 @@ def test_the_learning_rate_falls_with_every_improve_step(
     room = lab()
     algorithm = ready(room, rest())
     scales: list[float] = []
-    monkeypatch.setattr(algorithm, "imitate", lambda e, u, scale: scales.append(scale) or {})
+    told = {"imitation/lr": 0.0, "imitation/nll": 0.0}
+    monkeypatch.setattr(algorithm, "imitate", lambda e, u, scale: scales.append(scale) or told)
     algorithm.learn(scored(room, 12), 0)
     assert scales == pytest.approx([1.0, 0.7, 0.49])
 
@@ -276,6 +278,10 @@ def test_nothing_above_a_later_threshold_ends_the_grow_and_is_told(
         ({"threshold": "top_k", "levels": [20.0]}, r"algo\.samples=12"),
         ({"threshold": "percentile"}, r"algo\.threshold.*quantile"),
         ({"loss": "mse"}, r"algo\.loss"),
+        ({"lr_decay": -1.0}, r"algo\.lr_decay=-1\.0"),
+        ({"temperature": 0.0}, r"algo\.temperature=0\.0 must be positive"),
+        ({"demonstrations": -5}, r"algo\.demonstrations=-5"),
+        ({"validation_samples": 0}, r"algo\.validation_samples=0"),
         ({"validation": 9}, r"algo\.validation=9 .* algo\.batch=9"),
     ],
 )

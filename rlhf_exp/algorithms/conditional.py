@@ -9,6 +9,7 @@ with it. What tells the methods apart is the labelling (labels.py) and numbers (
 Left out: the unused extra token of Quark's release, and its token-regression head.
 """
 
+import json
 import logging
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,10 +17,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from rlhf_exp import tokens
 from rlhf_exp.algorithms.imitation import Examples, Imitation
 from rlhf_exp.algorithms.pool import Pool, balanced, numbered, survivors
+from rlhf_exp.artifacts import write_text
 from rlhf_exp.choices import require
-from rlhf_exp.data.local import write_jsonl
 from rlhf_exp.data.rows import Dataset
 from rlhf_exp.feedback import Feedback
 from rlhf_exp.policy import Policy, Rollouts
@@ -70,11 +72,30 @@ class Conditional(Imitation):
                 f"algo.per_prompt={self.per_prompt} is less than one completion for each of "
                 f"{self.labels.kinds} labels: raise it, or set it to null"
             )
-        if getattr(self.labels, "scope", None) == "prompt" and self.samples < self.labels.kinds:
+        quantiles, whole = self.labels.quantiles, self.batch * self.samples
+        if self.labels.scope == "prompt" and self.samples < quantiles:
             raise ValueError(
                 f"algo.samples={self.samples} completions of a prompt cannot be cut into "
-                f"{self.labels.kinds} quantiles: raise it, or name fewer labels"
+                f"{quantiles} quantiles: raise it, or name fewer labels"
             )
+        if self.labels.scope == "pool" and whole < quantiles:
+            raise ValueError(
+                f"algo.batch={self.batch} * algo.samples={self.samples} completions cannot be cut "
+                f"into {quantiles} quantiles: raise one of them, or name fewer labels"
+            )
+        if self.fill and self.per_prompt is None:
+            raise ValueError("algo.fill=true tops up algo.per_prompt, which is null: give it")
+        if not self.fill and (self.per_prompt or 0) % self.labels.kinds:
+            raise ValueError(
+                f"algo.per_prompt={self.per_prompt} cannot be shared equally among "
+                f"{self.labels.kinds} labels: give a multiple, or set algo.fill=true"
+            )
+        if (self.updates is not None and self.updates < 1) or (self.epochs or 1) <= 0:
+            raise ValueError(
+                f"algo.updates={self.updates} or algo.epochs={self.epochs} must be positive"
+            )
+        if self.compare < 0:
+            raise ValueError(f"algo.compare={self.compare} must not be negative")
         if self.tokens and self.reference_sees_label and self.kl_coef:
             raise ValueError(
                 "algo.tokens are unknown to the reference: set algo.reference_sees_label=false"
@@ -86,7 +107,7 @@ class Conditional(Imitation):
 
     def setup(self, policy: Policy, reward: Any, data: Dataset, trial: Trial) -> None:
         for text in [*data.prompts, *data.held_out]:
-            if found := [token for token in self.tokens if token.strip() in text]:
+            if found := [name for name in self.tokens if name.strip() in text]:
                 raise ValueError(
                     f"the prompt {text[:60]!r} contains the control token {found[0].strip()!r}: "
                     "remove the prompt, or choose other algo.tokens"
@@ -97,11 +118,24 @@ class Conditional(Imitation):
                 "not trained with it, or choose other algo.tokens and algo.labels.names"
             )
         self.missing = list(self.tokens)  # not in the vocabulary yet
-        self.plain = policy.prefix or ""  # what stands before prompts whatever the label
+        self.plain = policy.plain  # what stands before prompts whatever the label
+        self._check_room(policy, [*data.prompts, *data.held_out])
         self.labels.load(policy.device, trial.directory)
         self.pool, self.rng = Pool(), np.random.default_rng(trial.seed)
         self.held_out = data.held_out[: self.compare]
         super().setup(policy, reward, data, trial)
+
+    def _check_room(self, policy: Policy, prompts: list[str]) -> None:
+        """Every prompt fits into the context behind the longest label. Of labels in free words
+        `self.room` says how many tokens they may have; null: as many as they like.
+        """
+        context = getattr(policy.model.config, "max_position_embeddings", None)
+        names = [] if self.tokens else self.labels.names
+        longest = max(names, key=lambda n: len(policy.encode([n])[0]), default="")
+        encoded = policy.encode(prompts, [self._before(longest)] * len(prompts))
+        tokens.check_lengths(encoded, prompts, context, policy.max_new_tokens)
+        left = None if context is None else context - max(map(len, encoded))
+        self.room = None if left is None else left - policy.max_new_tokens
 
     def _add_tokens(self) -> None:
         """Teach the policy the control tokens; the start is evaluated without them, so that it is
@@ -137,13 +171,14 @@ class Conditional(Imitation):
         )
         # 4. from here on, ask for the best
         self.policy.prefix = self._before(self.labels.best(self.pool, self.rng))
-        write_jsonl(self._pool_file(step), self.pool.rows())
+        self._write_new_rows(step)
         return metrics | self._counts(ranks, rows) | self._comparison(labels, ranks)
 
     def _collect(self, rollouts: Rollouts, step: int) -> dict[str, float]:
         """Drop, judge, add."""
+        unjudged = 0
         if step == 0 and self.start is not None:
-            self._add(*self.given())
+            unjudged = self._add(*self.given())
         elif self.drop_factor and len(self.pool):
             _, ranks = self.labels.label(self.pool)
             keys: dict[str, list[Any]] = {
@@ -153,21 +188,25 @@ class Conditional(Imitation):
             }
             cells = numbered(keys[self.labels.drop_by])
             self.pool.keep(survivors(cells, self.drop_factor, self.rng))
-        return {"pool/unjudged": float(self._add(rollouts, None))}
+        self.new = len(self.pool) if step else 0  # first row that this step brings
+        return {"pool/unjudged": float(unjudged + self._add(rollouts, None))}
 
     def _add(self, rollouts: Rollouts, said: list[Feedback | None] | None) -> int:
         """Completions of which nothing usable is said are not added; returns how many those are."""
-        said = self.labels.judge(rollouts) if said is None or not self.labels.asks else said
+        if said is not None and self.labels.asks:
+            said = [self.labels.usable(f) for f in said]  # a file may say what no judge could
+        else:
+            said = self.labels.judge(rollouts)
         if said is None:
             self.pool.add(rollouts)
             return 0
-        kept = [i for i, feedback in enumerate(said) if feedback is not None]
+        kept = [i for i, f in enumerate(said) if f is not None and self._fits(f.text)]
         if not kept and not len(self.pool):
             raise ValueError(
                 f"the judge said nothing usable of any of {len(said)} completions: try it on one "
                 "by hand, or use feedback@algo.labels.feedback=rules"
             )
-        usable = [f for f in said if f is not None]
+        usable = [f for i in kept if (f := said[i]) is not None]
         if kept:
             self.pool.add(
                 rollouts.select(torch.tensor(kept)),
@@ -175,6 +214,12 @@ class Conditional(Imitation):
                 [0.0 if f.score is None else f.score for f in usable],
             )
         return len(said) - len(kept)
+
+    def _fits(self, text: str) -> bool:
+        """Whether a label in free words leaves room for prompt and completion."""
+        if self.room is None or self.labels.names:
+            return True
+        return len(self.policy.encode([""], [text])[0]) <= self.room
 
     def _chosen(self, ranks: np.ndarray) -> np.ndarray:
         if self.per_prompt is None:
@@ -247,10 +292,10 @@ class Conditional(Imitation):
         self.policy.prefix = asked
         return found
 
-    def _pool_file(self, step: int) -> Any:
-        folder = self.trial.directory / "pool"
-        folder.mkdir(exist_ok=True)
-        return folder / f"step-{step + 1:06d}.jsonl"
+    def _write_new_rows(self, step: int) -> None:
+        """pool/step-<k>.jsonl: what this step brought, under the keys of published files."""
+        lines = [json.dumps(r, ensure_ascii=False) + "\n" for r in self.pool.rows(self.new)]
+        write_text(self.trial.directory / "pool" / f"step-{step + 1:06d}.jsonl", "".join(lines))
 
     # ---- resume
 

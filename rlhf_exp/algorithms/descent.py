@@ -2,38 +2,46 @@
 gradient clipping, and no step where loss or gradient is not finite.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 
+@dataclass
+class Group:
+    """Parameters that are trained alike."""
+
+    parameters: list[nn.Parameter]
+    lr: float
+    weight_decay: float
+
+
 class Descent:
-    """Trains `groups` of parameters of `module`, each with its learning rate."""
+    """Trains `groups` of parameters of `module`."""
 
     def __init__(
         self,
         accelerator: Any,
         module: nn.Module,
-        groups: list[tuple[list[nn.Parameter], float]],
+        groups: list[Group],
         *,
         betas: list[float],
         eps: float,
-        weight_decay: float,
         max_grad_norm: float | None,
     ) -> None:
         optimizer = torch.optim.AdamW(
-            [{"params": parameters, "lr": lr} for parameters, lr in groups],
+            [{"params": g.parameters, "lr": g.lr, "weight_decay": g.weight_decay} for g in groups],
             betas=(betas[0], betas[1]),
             eps=eps,
-            weight_decay=weight_decay,
             fused=True,
         )
         self.accelerator, self.max_grad_norm = accelerator, max_grad_norm
         self.module, self.optimizer = accelerator.prepare(module, optimizer)
-        self.trained = [p for parameters, _ in groups for p in parameters]
-        self.rates = [lr for _, lr in groups]
-        self.skipped = 0  # steps not taken, in the whole run
+        self.trained = [p for group in groups for p in group.parameters]
+        self.rates = [group.lr for group in groups]
+        self.skipped = 0  # steps not taken
 
     def scale(self, factor: float) -> None:
         """Set every learning rate to `factor` times what it was built with."""

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_exp import losses
-from rlhf_exp.algorithms.descent import Descent
+from rlhf_exp import losses, weights
+from rlhf_exp.algorithms.descent import Descent, Group
 from rlhf_exp.algorithms.online import Online
 from rlhf_exp.choices import require
 from rlhf_exp.data.rows import Dataset
@@ -102,11 +102,18 @@ class Imitation(Online):
                 f"algo.kl_target={self.kl_target} and algo.entropy_target={self.entropy_target} "
                 "must be positive, or null for fixed coefficients"
             )
-        if min(self.kl_coef, self.entropy_coef) < 0:
+        if min(self.kl_coef, self.entropy_coef, self.weight_decay) < 0 or self.lr <= 0:
             raise ValueError(
-                f"algo.kl_coef={self.kl_coef} and algo.entropy_coef={self.entropy_coef} must not "
-                "be negative"
+                f"algo.kl_coef={self.kl_coef}, algo.entropy_coef={self.entropy_coef} and "
+                f"algo.weight_decay={self.weight_decay} must not be negative, and "
+                f"algo.lr={self.lr} must be positive"
             )
+        for name, target in self._targets().items():
+            if target is not None and getattr(self, f"{name}_coef") == 0:
+                raise ValueError(
+                    f"algo.{name}_target={target} steers algo.{name}_coef, which is 0 and stays 0: "
+                    f"give it a value to start from, or set algo.{name}_target=null"
+                )
 
     def _targets(self) -> dict[str, float | None]:
         return {"kl": self.kl_target, "entropy": self.entropy_target}
@@ -118,19 +125,24 @@ class Imitation(Online):
     def setup(self, policy: Policy, reward: Any, data: Dataset, trial: Trial) -> None:
         self.policy, self.reward, self.trial = policy, reward, trial
         self.reference: Reference = trial.reference
+        self.skipped = 0  # optimizer steps not taken before the present optimizer
         self.restart()
 
     def restart(self) -> None:
         """A fresh optimizer on the policy as it is."""
         self.trial.accelerator.free_memory()  # or it keeps the optimizer before, moments and all
+        if hasattr(self, "descent"):
+            self.skipped += self.descent.skipped
         trained = [p for p in self.policy.model.parameters() if p.requires_grad]
+        rows = [p for p in trained if weights.trains_rows(p)]  # decay would reach the other rows
+        whole = [p for p in trained if not weights.trains_rows(p)]
+        groups = [Group(whole, self.lr, self.weight_decay), Group(rows, self.lr, 0.0)]
         self.descent = Descent(
             self.trial.accelerator,
             self.policy.model,
-            [(trained, self.lr)],
+            [group for group in groups if group.parameters],
             betas=self.betas,
             eps=self.eps,
-            weight_decay=self.weight_decay,
             max_grad_norm=self.max_grad_norm,
         )
 
@@ -181,16 +193,16 @@ class Imitation(Online):
             sums = {k: sums.get(k, 0.0) + v for k, v in stats.items()}
         if applied == 0:
             raise ValueError(
-                "no update of this step had a finite loss and gradient: resume from the last "
-                "checkpoint with a lower algo.lr"
+                "no update of this step had a finite loss and gradient: start again with a lower "
+                "algo.lr"
             )
-        means = {f"imitation/{k}": v / updates for k, v in sums.items()}
+        means = {f"imitation/{k}": v / applied for k, v in sums.items()}
         return means | {
             "imitation/lr": float(self.descent.optimizer.param_groups[0]["lr"]),
             "imitation/updates": float(updates),
             "kl/coef": self.kl_coef,
             "imitation/entropy_coef": self.entropy_coef,
-            "imitation/skipped_updates": float(self.descent.skipped),
+            "imitation/skipped_updates": float(self.skipped + self.descent.skipped),
         }
 
     def _schedule(self, step: int, total: int) -> float:
@@ -207,7 +219,11 @@ class Imitation(Online):
             mask = rollouts.response[batch.rows, : batch.length]
             terms = self._terms(examples, batch)
             weighted = terms["nll"] * examples.weights[batch.rows, None]
-            loss = weighted + self.kl_coef * terms["kl"] - self.entropy_coef * terms["entropy"]
+            loss = weighted
+            if "kl" in terms:
+                loss = loss + self.kl_coef * terms["kl"]
+            if "entropy" in terms:
+                loss = loss - self.entropy_coef * terms["entropy"]
             self.descent.backward((loss * mask).sum() / count)
             terms["loss"] = loss
             sums = {
@@ -215,9 +231,11 @@ class Imitation(Online):
                 for k, v in terms.items()
             }
         norm, finite = self.descent.step()
-        stats = {k: float(v / count) for k, v in sums.items()} if finite else {}
-        stats |= {f"{k}_sequence": float(sums[k]) / len(rows) for k in self._targets() if finite}
-        return stats | {"grad_norm": norm, "applied": float(finite)}
+        stats = {k: float(v / count) for k, v in sums.items()}
+        if not finite:
+            return {"applied": 0.0}
+        stats |= {f"{k}_sequence": float(sums[k]) / len(rows) for k in self._targets() if k in sums}
+        return stats | {"grad_norm": norm, "applied": 1.0}
 
     def _adapt(self, stats: dict[str, float], count: int) -> None:
         """Coefficients with a target follow it: more KL than wanted raises kl_coef, more entropy
@@ -237,19 +255,20 @@ class Imitation(Online):
             setattr(self, key, found)
 
     def _terms(self, examples: Examples, batch: Batch) -> dict[str, Tensor]:
-        """Negative log-likelihood, KL and entropy of each token of a micro-batch [b, r].
+        """Negative log-likelihood of each token of a micro-batch [b, r], and its KL and entropy
+        where they have a coefficient.
 
         Likelihood and entropy are over all logits, control tokens included; the KL is over the
         vocabulary that both models share (Lu et al. 2022, Quark, eq. 3).
         """
         logits = response_logits(self.descent.module, batch)[0]
         nll = -losses.selective_log_softmax(logits, batch.response_ids)
-        zero = torch.zeros_like(nll)
-        return {
-            "nll": nll,
-            "kl": self._kl(logits, examples, batch) if self.kl_coef else zero,
-            "entropy": losses.entropy(logits) if self.entropy_coef else zero,
-        }
+        terms = {"nll": nll}
+        if self.kl_coef:
+            terms["kl"] = self._kl(logits, examples, batch)
+        if self.entropy_coef:
+            terms["entropy"] = losses.entropy(logits)
+        return terms
 
     def _kl(self, logits: Tensor, examples: Examples, batch: Batch) -> Tensor:
         """[b, r], in nats."""
@@ -262,8 +281,9 @@ class Imitation(Online):
 
     def state(self) -> dict[str, Any]:
         coefs = {"kl_coef": self.kl_coef, "entropy_coef": self.entropy_coef}
-        return self.descent.state() | coefs
+        return self.descent.state() | coefs | {"skipped_before": self.skipped}
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.descent.load_state(state)
         self.kl_coef, self.entropy_coef = state["kl_coef"], state["entropy_coef"]
+        self.skipped = state["skipped_before"]

@@ -27,11 +27,13 @@ class Labelling(Protocol):
     names: list[str]
     kinds: int
     asks: ClassVar[bool] = False  # whether `judge` asks anybody
+    scope: str = ""  # pool or prompt, where labels are quantiles of it
+    quantiles: int = 1  # how many
 
     @property
     def drop_by(self) -> str:
         """From what the pool forgets a share: each label, each prompt, or both."""
-        return "both" if getattr(self, "scope", None) == "prompt" else "label"
+        return "both" if self.scope == "prompt" else "label"
 
     def check(self) -> None:
         """Refuse what can be known to fail before anything loads."""
@@ -43,6 +45,10 @@ class Labelling(Protocol):
         """What is said of each completion, None where nothing usable was; or None if nobody is
         asked.
         """
+
+    def usable(self, feedback: Feedback | None) -> Feedback | None:
+        """`feedback` from a file, or None if the judge could not have said it."""
+        return feedback
 
     def label(self, pool: Pool) -> tuple[list[str], np.ndarray]:
         """Label of each row of the pool, and its rank from 0, the best: int64 [n]."""
@@ -79,7 +85,7 @@ class Quantiles(Labelling):
     def __post_init__(self) -> None:
         require(self.scope, ("pool", "prompt"), "algo.labels.scope")
         _distinct(self.names)
-        self.kinds = len(self.names)
+        self.kinds = self.quantiles = len(self.names)
         self.tied = 0.0
 
     def label(self, pool: Pool) -> tuple[list[str], np.ndarray]:
@@ -111,8 +117,8 @@ class Attributes(Labelling):
                 "with the same number of phrases"
             )
         self.names = [self.joint.join(p) for p in zip(*self.attributes.values(), strict=True)]
-        self.steps = len(self.names)
-        self.kinds = len(self.attributes) * (self.steps - 1) + 1
+        self.quantiles = len(self.names)
+        self.kinds = len(self.attributes) * (self.quantiles - 1) + 1
 
     def label(self, pool: Pool) -> tuple[list[str], np.ndarray]:
         groups = pool.groups() if self.scope == "prompt" else np.zeros(len(pool), dtype=np.int64)
@@ -123,7 +129,9 @@ class Attributes(Labelling):
                     f"algo.labels.attributes names {member!r}, and the reward has the members "
                     f"{', '.join(pool.members) or 'none'}: name these"
                 )
-            columns.append(_parted(pool.members[member], groups, self.steps, f"member {member}"))
+            columns.append(
+                _parted(pool.members[member], groups, self.quantiles, f"member {member}")
+            )
         phrases = list(self.attributes.values())
         texts = [
             self.joint.join(p[q] for p, q in zip(phrases, row, strict=True))
@@ -186,6 +194,9 @@ class Categories(Judged):
         _distinct(self.names)
         self.kinds = len(self.names)
 
+    def usable(self, feedback: Feedback | None) -> Feedback | None:
+        return self.feedback.task.parse(feedback.text) if feedback is not None else None
+
     def label(self, pool: Pool) -> tuple[list[str], np.ndarray]:
         found = np.array([self.places[f] for f in pool.feedbacks], dtype=np.int64)
         return [self.names[i] for i in found], found
@@ -199,6 +210,11 @@ class FreeForm(Judged):
         super().__post_init__()
         self.highest: int = self.feedback.task.highest  # whole grades are kept in balance
         self.kinds = self.highest + 1
+
+    def usable(self, feedback: Feedback | None) -> Feedback | None:
+        if feedback is None or not isinstance(feedback.score, int | float):
+            return None
+        return feedback if feedback.text and 0 <= feedback.score <= self.highest else None
 
     def label(self, pool: Pool) -> tuple[list[str], np.ndarray]:
         return list(pool.feedbacks), self.highest - np.floor(pool.grades).astype(np.int64)

@@ -58,13 +58,15 @@ class Pool:
         """Number of the prompt of each row, in the order of first appearance: int64 [n]."""
         return numbered(self.prompts)
 
-    def rows(self) -> list[dict[str, Any]]:
-        """One row per prompt under the keys that the published systems use for such files."""
+    def rows(self, first: int = 0) -> list[dict[str, Any]]:
+        """What came as row `first` and later: one row per prompt, under the keys that the published
+        systems use for such files.
+        """
         found: dict[str, dict[str, Any]] = {}
         columns = {"generations": self.completions, "rewards": self.scores, "ended": self.ended}
         if any(self.feedbacks):
             columns |= {"feedbacks": self.feedbacks, "scores": self.grades}
-        for i, prompt in enumerate(self.prompts):
+        for i, prompt in enumerate(self.prompts[first:], first):
             row = found.setdefault(prompt, {"prompt": prompt} | {k: [] for k in columns})
             for name, column in columns.items():
                 row[name].append(column[i])

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_exp import losses
-from rlhf_exp.algorithms.descent import Descent
+from rlhf_exp.algorithms.descent import Descent, Group
 from rlhf_exp.algorithms.online import Online
 from rlhf_exp.algorithms.scaling import ScoreScaling, apply_missing_eos
 from rlhf_exp.choices import require
@@ -161,10 +161,12 @@ class PPO(Online):
         self.descent = Descent(
             trial.accelerator,
             module,
-            [(body, self.lr), (head, self.value_lr or self.lr)],
+            [
+                Group(body, self.lr, self.weight_decay),
+                Group(head, self.value_lr or self.lr, self.weight_decay),
+            ],
             betas=self.betas,
             eps=self.eps,
-            weight_decay=self.weight_decay,
             max_grad_norm=self.max_grad_norm,
         )
 

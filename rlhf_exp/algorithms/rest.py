@@ -96,6 +96,16 @@ class ReST(Imitation):
                 f"algo.levels={self.levels} are shares between 0 and 1 under "
                 f"algo.threshold={self.threshold}"
             )
+        if self.epochs <= 0 or self.lr_decay <= 0 or self.temperature <= 0:
+            raise ValueError(
+                f"algo.epochs={self.epochs}, algo.lr_decay={self.lr_decay} and "
+                f"algo.temperature={self.temperature} must be positive"
+            )
+        if (self.demonstrations or 0) < 0 or self.validation_samples < 1:
+            raise ValueError(
+                f"algo.demonstrations={self.demonstrations} must not be negative, and "
+                f"algo.validation_samples={self.validation_samples} must be positive"
+            )
         if self.threshold == "top_k" and not 1 <= self.levels[0] <= self.samples:
             raise ValueError(
                 f"algo.levels={self.levels} keeps more completions of a prompt than "
@@ -127,7 +137,9 @@ class ReST(Imitation):
                 self._nothing_passes(number, level)
                 break
             self.restart()
-            metrics |= self._improve(rows, self.lr_decay ** (number - 1))
+            found = self._improve(rows, self.lr_decay ** (number - 1))
+            metrics |= found | {f"rest/lr/{number}": found["imitation/lr"]}
+            metrics[f"rest/nll/{number}"] = found["imitation/nll"]
             reward = self._validate(aside)
             if aside:
                 metrics[f"rest/validation/{number}"] = reward
@@ -135,7 +147,7 @@ class ReST(Imitation):
                 best, kept = reward, self.policy.trainable_state()
                 metrics["rest/improved"] = float(number)
         self.policy.load_trainable_state(kept)
-        return {"rest/improved": 0.0, "rest/pool": float(len(self.pool))} | metrics
+        return {"rest/improved": 0.0, "rest/pool": float(len(self.pool))} | self.counts | metrics
 
     def _grow(self, rollouts: Rollouts, step: int = 0) -> list[str]:
         """The new mixture; returns the prompts set aside."""
@@ -147,6 +159,7 @@ class ReST(Imitation):
         if step == 0 and self.start is not None:
             self.pool.add(self.given()[0])
         self._add_demonstrations()
+        self.counts = {"rest/duplicates": 0.0}
         others = [i for i, prompt in enumerate(self.pool.prompts) if prompt not in set(aside)]
         self.pool.keep(np.array(others, dtype=np.int64))
         if len(self.pool) == 0:
@@ -156,7 +169,9 @@ class ReST(Imitation):
             )
         if self.deduplicate:
             cells = list(zip(self.pool.prompts, map(tuple, self.pool.responses), strict=True))
+            before = len(self.pool)
             self.pool.keep(np.unique(numbered(cells), return_index=True)[1])
+            self.counts["rest/duplicates"] = float(before - len(self.pool))
         rewards = np.asarray(self.pool.scores)
         if rewards.min() == rewards.max():
             raise ValueError(

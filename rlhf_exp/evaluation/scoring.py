@@ -205,15 +205,24 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
+def _by_prompt(rows: list[dict[str, Any]], key: str) -> list[float]:
+    """Mean over each prompt's completions: those are not independent of each other."""
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        found.setdefault(row["prompt"], []).append(row[key])
+    return [math.fsum(values) / len(values) for values in found.values()]
+
+
 def summary(directory: Path) -> dict[str, Any]:
     """Before and after with 95 % intervals over held-out prompts, the change paired by prompt, and
     the peak of gold.
     """
     evaluations = read_evaluations(directory)
     first, last = evaluations[0], evaluations[-1]
-    table: dict[str, Any] = {"step": last["step"], "prompts": len(last["rows"])}
+    table: dict[str, Any] = {"step": last["step"], "completions": len(last["rows"])}
     for key, name in (("proxy", "proxy"), ("gold", "gold"), ("k1", "kl"), ("length", "length")):
-        before, after = ([row[key] for row in e["rows"]] for e in (first, last))
+        before, after = (_by_prompt(e["rows"], key) for e in (first, last))
+        table["prompts"] = len(after)
         change = [b - a for a, b in zip(before, after, strict=True)]
         table[name] = {
             side: {"mean": math.fsum(x) / len(x), "interval": bootstrap_interval(x)}

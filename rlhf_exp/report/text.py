@@ -18,7 +18,7 @@ def as_table(summary: dict[str, Any]) -> str:
     peak = summary["gold_peak"]
     lines.append(
         f"gold was highest at step {peak['step']} ({peak['mean']:.3f}, KL {peak['kl']:.1f}); "
-        f"{summary['prompts']} completions"
+        f"{summary['completions']} completions"
     )
     return "\n".join(lines)
 
