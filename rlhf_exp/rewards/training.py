@@ -31,7 +31,7 @@ def training_config(reward: "Pairwise", folder: Path, device: Any) -> RewardConf
 
 
 class RewardTraining(RewardTrainer):
-    """Adds the L2 pull on scores, and LoRA from plain fields."""
+    """Adds the L2 pull on scores, LoRA from plain fields, and tokenizing of all pairs at once."""
 
     def __init__(self, *, score_l2: float, lora: dict[str, Any] | None, **kwargs) -> None:
         if lora is not None:
@@ -42,6 +42,21 @@ class RewardTraining(RewardTrainer):
             )
         super().__init__(**kwargs)
         self.score_l2 = score_l2
+
+    def _prepare_dataset(
+        self, dataset: Any, processing_class: Any, args: RewardConfig, dataset_name: str
+    ) -> Any:
+        from datasets import Dataset
+
+        end = processing_class.eos_token
+        columns = {
+            f"{side}_ids": processing_class(
+                [text if text.endswith(end) else text + end for text in dataset[side]]
+            )["input_ids"]
+            for side in ("chosen", "rejected")
+        }
+        rows = Dataset.from_dict(columns)
+        return super()._prepare_dataset(rows, processing_class, args, dataset_name)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None) -> Any:
         outputs = model(**inputs)
