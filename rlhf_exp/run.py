@@ -227,7 +227,6 @@ class Stages:
     def run_generate(self) -> None:
         decided: dict[str, Any] = {}
         if self.generations.scored:
-            self.fitting.scoring = True
             self._fit_rewards()
             self.reward.load(self.device)
             self.gold.load(self.device)

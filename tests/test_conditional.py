@@ -65,6 +65,7 @@ def scored(room: Lab, prompts: list[str], n: int = 1) -> Rollouts:
 
 
 def ready(room: Lab, algorithm: Conditional, data: Dataset = DATA) -> Conditional:
+    algorithm.check(room.policy)
     algorithm.setup(room.policy, room.reward, data, room.trial)
     algorithm._add_tokens()
     return algorithm

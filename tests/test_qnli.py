@@ -10,7 +10,6 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 
-from rlhf_exp.data import qnli
 from rlhf_exp.data.qnli import ANSWERS, PROMPT, QNLI, flips
 from rlhf_exp.data.rows import Dataset
 
@@ -177,7 +176,7 @@ def test_missing_column_and_missing_files(folder: Path) -> None:
 
 
 def test_hub_gives_what_the_files_give(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def load_dataset(name: str, config: str, split: str) -> datasets.Dataset:
+    def load_dataset(name: str, config: str, split: str, **_: Any) -> datasets.Dataset:
         assert (name, config) == ("nyu-mll/glue", "qnli")
         return datasets.Dataset.from_list({"train": rows(90), "validation": rows(25, 1000)}[split])
 
@@ -188,5 +187,5 @@ def test_hub_gives_what_the_files_give(folder: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_hub_out_of_reach() -> None:
-    with pytest.raises(FileNotFoundError, match=r"nyu-mll/glue is not reachable .*data\.path"):
-        qnli._from_hub("train")
+    with pytest.raises(FileNotFoundError, match=r"nyu-mll/glue is neither .*data\.path"):
+        QNLI(**SIZES).load()

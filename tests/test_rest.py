@@ -10,7 +10,8 @@ import pytest
 import torch
 from lab import DATA, PROMPTS, Lab, MakeLab
 
-from rlhf_exp.algorithms.rest import ReST, passing
+from rlhf_exp.algorithms.rest import ReST, passing, set_aside
+from rlhf_exp.data.local import write_jsonl
 from rlhf_exp.data.rows import Dataset, Demonstration
 from rlhf_exp.policy import Rollouts
 
@@ -108,29 +109,39 @@ def test_weights_that_do_no_better_on_validation_are_not_kept(
     room = lab()
     algorithm = ready(room, rest(validation=3))
     falling = iter([3.0, 2.0, 1.0, 0.0])
-    monkeypatch.setattr(algorithm, "_validate", lambda prompts: next(falling))
+    algorithm.aside = PROMPTS[6:]
+    monkeypatch.setattr(algorithm, "look", lambda prompts, samples: next(falling))
     start = room.weights()
     metrics = algorithm.learn(scored(room, 12), 0)
     assert metrics["rest/improved"] == 0
     assert torch.equal(room.weights(), start)
 
 
-def test_prompts_set_aside_are_not_learned_from(lab: MakeLab) -> None:
-    room = lab()
-    algorithm = ready(room, rest(validation=4))
-    aside = algorithm._grow(scored(room, 12))
-    assert aside == PROMPTS[5:]
-    assert set(algorithm.pool.prompts) == set(PROMPTS[:5])
-
-
-def test_demonstrations_about_prompts_set_aside_are_left_out(lab: MakeLab) -> None:
+def test_prompts_set_aside_are_neither_sampled_nor_learned_from(
+    lab: MakeLab, tmp_path: Path
+) -> None:
     room = lab()
     told = [Demonstration(p, " aaaa") for p in PROMPTS]
-    data = Dataset(prompts=PROMPTS, held_out=PROMPTS, demonstrations=told)
-    algorithm = ready(room, rest(validation=4, demonstrations=None), data)
-    aside = algorithm._grow(scored(room, 12))
-    assert not set(aside) & set(algorithm.pool.prompts)
+    data = Dataset(prompts=[*PROMPTS, *PROMPTS], held_out=PROMPTS, demonstrations=told)
+    start = tmp_path / "start.jsonl"
+    write_jsonl(start, [{"prompt": p, "generations": [" eeee"]} for p in PROMPTS])
+    algorithm = rest(validation=4, demonstrations=None, start=str(start), steps=1)
+    algorithm.check(room.policy)
+    with room.trial.listening():
+        algorithm.run(room.policy, room.reward, data, room.trial)
+    assert len(algorithm.aside) == 4
+    assert set(algorithm.pool.prompts) == set(PROMPTS) - set(algorithm.aside)
     assert algorithm.pool.completions.count(" aaaa") == 5
+    assert algorithm.pool.completions.count(" eeee") == 5
+
+
+def test_the_same_prompts_are_set_aside_whenever_the_seed_is_the_same() -> None:
+    aside, others = set_aside(DATA, 3, seed=1)
+    assert set_aside(DATA, 3, seed=1) == (aside, others)
+    assert set_aside(DATA, 3, seed=2)[0] != aside
+    assert sorted(aside + others.prompts) == sorted(PROMPTS)
+    with pytest.raises(ValueError, match=r"algo\.validation=9 .* the 9 of the data"):
+        set_aside(DATA, 9, seed=1)
 
 
 def test_the_learning_rate_falls_with_every_improve_step(
@@ -173,7 +184,7 @@ def test_the_behavior_policy_is_the_one_that_sampled_not_the_first(lab: MakeLab)
     algorithm.learn(scored(room, 12), 0)
     moved = algorithm.policy.trainable_state()
     again = algorithm.learn(scored(room, 12), 1)
-    assert again["imitation/kl"] >= 0
+    assert 0 < again["imitation/kl"] < 1
     held = dict(algorithm.reference.kind.model.named_parameters())
     for name, tensor in moved.items():
         assert torch.equal(held[name], tensor), "the adapter as it was when the second Grow began"
@@ -282,7 +293,7 @@ def test_nothing_above_a_later_threshold_ends_the_grow_and_is_told(
         ({"temperature": 0.0}, r"algo\.temperature=0\.0 must be positive"),
         ({"demonstrations": -5}, r"algo\.demonstrations=-5"),
         ({"validation_samples": 0}, r"algo\.validation_samples=0"),
-        ({"validation": 9}, r"algo\.validation=9 .* algo\.batch=9"),
+        ({"validation": -1}, r"algo\.validation=-1"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], message: str) -> None:

@@ -9,7 +9,6 @@ with it. What tells the methods apart is the labelling (labels.py) and numbers (
 Left out: the unused extra token of Quark's release, and its token-regression head.
 """
 
-import json
 import logging
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,13 +18,12 @@ import torch
 
 from rlhf_exp import tokens
 from rlhf_exp.algorithms.imitation import Examples, Imitation
-from rlhf_exp.algorithms.pool import Pool, balanced, numbered, survivors
-from rlhf_exp.artifacts import write_text
+from rlhf_exp.algorithms.pool import Pool, balanced, survivors
 from rlhf_exp.choices import require
+from rlhf_exp.data.local import write_jsonl
 from rlhf_exp.data.rows import Dataset
 from rlhf_exp.feedback import Feedback
 from rlhf_exp.policy import Policy, Rollouts
-from rlhf_exp.rewards import score
 from rlhf_exp.trial import Trial
 
 logger = logging.getLogger(__name__)
@@ -180,13 +178,7 @@ class Conditional(Imitation):
         if step == 0 and self.start is not None:
             unjudged = self._add(*self.given())
         elif self.drop_factor and len(self.pool):
-            _, ranks = self.labels.label(self.pool)
-            keys: dict[str, list[Any]] = {
-                "label": ranks.tolist(),
-                "prompt": self.pool.prompts,
-                "both": list(zip(self.pool.prompts, ranks.tolist(), strict=True)),
-            }
-            cells = numbered(keys[self.labels.drop_by])
+            cells = self.labels.cells(self.pool)
             self.pool.keep(survivors(cells, self.drop_factor, self.rng))
         self.new = len(self.pool) if step else 0  # first row that this step brings
         return {"pool/unjudged": float(unjudged + self._add(rollouts, None))}
@@ -280,22 +272,16 @@ class Conditional(Imitation):
         if not self.held_out:
             return {}
         asked = self.policy.prefix
-        found = {}
-        worst = labels[int(np.argmax(ranks))]
-        with torch.random.fork_rng():
-            torch.manual_seed(self.trial.seed)
-            for name, prefix in (("best", asked), ("worst", self._before(worst))):
-                self.policy.prefix = prefix
-                rollouts = self.policy.sample(self.held_out)
-                scores = score(self.reward, rollouts.prompts, rollouts.completions)
-                found[f"labels/{name}_asked"] = float(scores.objective.mean())
+        found = {"labels/best_asked": self.look(self.held_out)}
+        self.policy.prefix = self._before(labels[int(np.argmax(ranks))])
+        found["labels/worst_asked"] = self.look(self.held_out)
         self.policy.prefix = asked
         return found
 
     def _write_new_rows(self, step: int) -> None:
         """pool/step-<k>.jsonl: what this step brought, under the keys of published files."""
-        lines = [json.dumps(r, ensure_ascii=False) + "\n" for r in self.pool.rows(self.new)]
-        write_text(self.trial.directory / "pool" / f"step-{step + 1:06d}.jsonl", "".join(lines))
+        file = self.trial.directory / "pool" / f"step-{step + 1:06d}.jsonl"
+        write_jsonl(file, self.pool.rows(self.new))
 
     # ---- resume
 

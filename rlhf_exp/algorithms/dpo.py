@@ -153,7 +153,6 @@ class DPO(TrainerAlgorithm):
             else:
                 rows, resume = stored or self._sampled(policy, reward, data, trial, number), None
                 self._ask_reference(rows, policy, trial, number)
-                file.parent.mkdir(exist_ok=True)
                 write_jsonl(file, rows)
             self._ask_reference(held_out, policy, trial, number)
 

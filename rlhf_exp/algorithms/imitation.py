@@ -30,7 +30,7 @@ from rlhf_exp.policy import (
     response_logits,
 )
 from rlhf_exp.reference import Reference
-from rlhf_exp.rewards import score
+from rlhf_exp.rewards import score, scored
 from rlhf_exp.trial import Trial
 
 KL_DIRECTIONS = ("policy_to_reference", "reference_to_policy")
@@ -120,7 +120,7 @@ class Imitation(Online):
 
     def check(self, policy: Policy) -> None:
         if self.start is not None:
-            read_generations(Path(self.start).expanduser())
+            self.known = read_generations(Path(self.start).expanduser())
 
     def setup(self, policy: Policy, reward: Any, data: Dataset, trial: Trial) -> None:
         self.policy, self.reward, self.trial = policy, reward, trial
@@ -150,25 +150,31 @@ class Imitation(Online):
         """What `start` holds: completions, scored by the run's reward whatever the file says, and
         what was said of them.
         """
-        assert self.start is not None
-        rows = read_generations(Path(self.start).expanduser())
+        rows = self.known
         prompts = [row.prompt for row in rows for _ in row.generations]
         tokenizer, limit = self.policy.tokenizer, self.policy.max_new_tokens
         texts = [text for row in rows for text in row.generations]
         responses = tokenizer(texts, add_special_tokens=False)["input_ids"]
-        known = [e for row in rows for e in row.ended or [None] * len(row.generations)]
-        for response, ended in zip(responses, known, strict=True):
+        ends = [e for row in rows for e in row.ended or [None] * len(row.generations)]
+        for response, ended in zip(responses, ends, strict=True):
             if ended or (ended is None and len(response) < limit):
                 response.append(tokenizer.eos_token_id)
-        rollouts = self.policy.assemble(prompts, responses)
-        scores = score(self.reward, prompts, texts)
-        rollouts.scores, rollouts.members = scores.objective, scores.members
+        rollouts = scored(self.policy.assemble(prompts, responses), self.reward)
         if any(row.feedbacks is None for row in rows):
             return rollouts, None
         grades = [g for row in rows for g in row.scores or [None] * len(row.generations)]
         said = [f for row in rows for f in row.feedbacks or []]
         pairs = zip(said, grades, strict=True)
         return rollouts, [Feedback(f, g) if isinstance(f, str) else None for f, g in pairs]
+
+    def look(self, prompts: list[str], samples: int = 1) -> float:
+        """Mean reward of fresh completions, drawn from one seed at every time; training goes on as
+        if nobody had looked.
+        """
+        with torch.random.fork_rng():
+            torch.manual_seed(self.trial.seed)
+            rollouts = self.policy.sample(prompts, samples)
+        return float(score(self.reward, rollouts.prompts, rollouts.completions).objective.mean())
 
     def imitate(
         self,

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
-from rlhf_exp.algorithms.pool import Pool, quantiles, ties
+from rlhf_exp.algorithms.pool import Pool, numbered, quantiles, ties
 from rlhf_exp.choices import require
 from rlhf_exp.feedback import Feedback
 from rlhf_exp.policy import Rollouts
@@ -29,11 +29,6 @@ class Labelling(Protocol):
     asks: ClassVar[bool] = False  # whether `judge` asks anybody
     scope: str = ""  # pool or prompt, where labels are quantiles of it
     quantiles: int = 1  # how many
-
-    @property
-    def drop_by(self) -> str:
-        """From what the pool forgets a share: each label, each prompt, or both."""
-        return "both" if self.scope == "prompt" else "label"
 
     def check(self) -> None:
         """Refuse what can be known to fail before anything loads."""
@@ -53,6 +48,15 @@ class Labelling(Protocol):
     def label(self, pool: Pool) -> tuple[list[str], np.ndarray]:
         """Label of each row of the pool, and its rank from 0, the best: int64 [n]."""
         ...
+
+    def cells(self, pool: Pool) -> np.ndarray:
+        """The group of each row of which the pool forgets a share: its label, or its label among
+        those of its prompt: int64 [n].
+        """
+        ranks = self.label(pool)[1]
+        if self.scope != "prompt":
+            return ranks
+        return numbered(list(zip(pool.prompts, ranks.tolist(), strict=True)))
 
     def best(self, pool: Pool, rng: np.random.Generator) -> str:
         """The label to ask for."""
@@ -151,10 +155,6 @@ class Judged(Labelling):
         self.names = []
         self.before: dict[str, int] = {}
 
-    @property
-    def drop_by(self) -> str:
-        return "prompt"
-
     def check(self) -> None:
         self.feedback.check()
 
@@ -165,6 +165,9 @@ class Judged(Labelling):
     def judge(self, rollouts: Rollouts) -> list[Feedback | None]:
         self.before = dict(self.feedback.counts)
         return self.feedback(rollouts.prompts, rollouts.completions)
+
+    def cells(self, pool: Pool) -> np.ndarray:
+        return pool.groups()
 
     def metrics(self) -> dict[str, float]:
         """Of the last asking; what a cache answered is told in the log only, as a resumed run finds

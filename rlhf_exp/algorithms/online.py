@@ -11,7 +11,7 @@ from typing import Any
 
 from rlhf_exp.data.rows import Dataset
 from rlhf_exp.policy import Policy, Rollouts
-from rlhf_exp.rewards import Reward, score
+from rlhf_exp.rewards import Reward, scored
 from rlhf_exp.trial import Trial
 
 
@@ -54,16 +54,14 @@ class Online:
             prompts = prompts_at(data.prompts, step, self.batch, trial.seed)
             rollouts = policy.sample(prompts, self.samples)
             sampled = time.perf_counter()
-            scores = score(reward, rollouts.prompts, rollouts.completions)
-            rollouts.scores = scores.objective.to(policy.device)
-            rollouts.members, rollouts.facets = scores.members, scores.facets
-            scored = time.perf_counter()
+            scored(rollouts, reward)
+            judged = time.perf_counter()
             metrics = self.learn(rollouts, step)
             learned = time.perf_counter()
             seconds = {
                 "sample": sampled - started,
-                "score": scored - sampled,
-                "learn": learned - scored,
+                "score": judged - sampled,
+                "learn": learned - judged,
             }
             trial.log_step(step, rollouts, metrics, seconds)
             step += 1

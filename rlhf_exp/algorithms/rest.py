@@ -2,14 +2,16 @@
 
 Each step of the loop is one Grow: sample many completions per prompt and score them. Then come the
 Improve steps: keep what lies above a rising threshold, and imitate it at a falling learning rate.
-The weights that do best on prompts set aside are kept. Demonstrations stay in the mixture if they
-pass the threshold too. RAFT (Dong et al. 2023) is one Improve step at a fixed quantile.
+The weights that do best on prompts set aside for the whole run are kept. Demonstrations stay in the
+mixture if they pass the threshold too. RAFT (Dong et al. 2023) is one Improve step at a fixed
+quantile.
 
 Left out: the paper's offline actor-critic losses; it found behavior cloning best (section 4).
 """
 
 import logging
-from dataclasses import dataclass, field
+import random
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +23,7 @@ from rlhf_exp.choices import pick, require
 from rlhf_exp.data.rows import Dataset
 from rlhf_exp.policy import Policy, Rollouts
 from rlhf_exp.reference import Reference
-from rlhf_exp.rewards import score
+from rlhf_exp.rewards import scored
 from rlhf_exp.trial import Trial
 
 logger = logging.getLogger(__name__)
@@ -58,6 +60,23 @@ def _by_prompt(rewards: np.ndarray, prompts: np.ndarray, of: Any) -> np.ndarray:
     return values[numbered(prompts[order].tolist())][np.argsort(order, kind="stable")]
 
 
+def set_aside(data: Dataset, count: int, seed: int) -> tuple[list[str], Dataset]:
+    """`count` prompts drawn at random, and the data without them."""
+    prompts = list(dict.fromkeys(data.prompts))
+    if count >= len(prompts):
+        raise ValueError(
+            f"algo.validation={count} prompts cannot be set aside from the {len(prompts)} of the "
+            "data: lower it"
+        )
+    aside = random.Random(seed).sample(prompts, count)
+    apart = set(aside)
+    return aside, replace(
+        data,
+        prompts=[p for p in data.prompts if p not in apart],
+        demonstrations=[d for d in data.demonstrations if d.prompt not in apart],
+    )
+
+
 @dataclass(kw_only=True)
 class ReST(Imitation):
     """Settings; conf/experiment/rest_paper.yaml holds the paper's numbers."""
@@ -73,7 +92,7 @@ class ReST(Imitation):
     deduplicate: bool = True  # equal completions of a prompt count once
     epochs: float = 2.0  # passes over what is kept, each Improve step
     lr_decay: float = 0.7  # learning rate of an Improve step, as a share of the one before
-    # prompts of each Grow set aside; the weights that do best on them are kept; 0: the last
+    # prompts set aside; the weights of a Grow that do best on them are kept; 0: the last
     validation: int = 16
     validation_samples: int = 4  # completions of each of them
 
@@ -111,11 +130,14 @@ class ReST(Imitation):
                 f"algo.levels={self.levels} keeps more completions of a prompt than "
                 f"algo.samples={self.samples}: lower it, or sample more"
             )
-        if not 0 <= self.validation < self.batch:
-            raise ValueError(
-                f"algo.validation={self.validation} prompts cannot be set aside from "
-                f"algo.batch={self.batch}: lower it"
-            )
+        if self.validation < 0:
+            raise ValueError(f"algo.validation={self.validation} must not be negative")
+        self.aside: list[str] = []
+
+    def run(self, policy: Policy, reward: Any, data: Dataset, trial: Trial) -> None:
+        """Train `policy` in place, on other prompts than those set aside."""
+        self.aside, others = set_aside(data, self.validation, trial.seed)
+        super().run(policy, reward, others, trial)
 
     def setup(self, policy: Policy, reward: Any, data: Dataset, trial: Trial) -> None:
         self.pool, self.rng = Pool(), np.random.default_rng(trial.seed)
@@ -125,11 +147,10 @@ class ReST(Imitation):
     # ---- one Grow and its Improve steps
 
     def learn(self, rollouts: Rollouts, step: int) -> dict[str, float]:
-        aside = self._grow(rollouts, step)
+        self._grow(rollouts, step)
         if self.kl_coef:
             self.reference = Reference(self.policy, apart=True)  # the behavior policy
-        best, kept = self._validate(aside), self.policy.trainable_state()
-        metrics = {"rest/validation/0": best} if aside else {}
+        metrics = self._keep_if_best(0)
         for number, level in enumerate(self.levels, 1):
             rows = self._passing(level)
             metrics[f"rest/kept/{number}"] = float(len(rows))
@@ -140,33 +161,34 @@ class ReST(Imitation):
             found = self._improve(rows, self.lr_decay ** (number - 1))
             metrics |= found | {f"rest/lr/{number}": found["imitation/lr"]}
             metrics[f"rest/nll/{number}"] = found["imitation/nll"]
-            reward = self._validate(aside)
-            if aside:
-                metrics[f"rest/validation/{number}"] = reward
-            if not aside or reward > best:
-                best, kept = reward, self.policy.trainable_state()
-                metrics["rest/improved"] = float(number)
-        self.policy.load_trainable_state(kept)
-        return {"rest/improved": 0.0, "rest/pool": float(len(self.pool))} | self.counts | metrics
+            metrics |= self._keep_if_best(number)
+        if self.aside:
+            self.policy.load_trainable_state(self.kept)
+        return {"rest/pool": float(len(self.pool))} | self.counts | metrics
 
-    def _grow(self, rollouts: Rollouts, step: int = 0) -> list[str]:
-        """The new mixture; returns the prompts set aside."""
+    def _keep_if_best(self, number: int) -> dict[str, float]:
+        """Remember the weights after Improve step `number` (0: before the first) if no others of
+        this Grow did as well on the prompts set aside.
+        """
+        if not self.aside:
+            return {"rest/improved": float(number)}
+        reward = self.look(self.aside, self.validation_samples)
+        if number == 0 or reward > self.best:
+            self.best, self.kept = reward, self.policy.trainable_state()
+            return {f"rest/validation/{number}": reward, "rest/improved": float(number)}
+        return {f"rest/validation/{number}": reward}
+
+    def _grow(self, rollouts: Rollouts, step: int = 0) -> None:
+        """The new mixture."""
         if not self.accumulate:
             self.pool = Pool()
-        count = len(rollouts) - self.validation * self.samples
-        aside = list(dict.fromkeys(rollouts.prompts[count:]))
-        self.pool.add(rollouts.select(torch.arange(count)))
+        self.pool.add(rollouts)
         if step == 0 and self.start is not None:
-            self.pool.add(self.given()[0])
+            given, apart = self.given()[0], set(self.aside)
+            others = [i for i, prompt in enumerate(given.prompts) if prompt not in apart]
+            self.pool.add(given.select(torch.tensor(others, dtype=torch.long)))
         self._add_demonstrations()
         self.counts = {"rest/duplicates": 0.0}
-        others = [i for i, prompt in enumerate(self.pool.prompts) if prompt not in set(aside)]
-        self.pool.keep(np.array(others, dtype=np.int64))
-        if len(self.pool) == 0:
-            raise ValueError(
-                f"no completion is left beside the {len(aside)} prompts set aside: lower "
-                f"algo.validation={self.validation}, or give more prompts"
-            )
         if self.deduplicate:
             cells = list(zip(self.pool.prompts, map(tuple, self.pool.responses), strict=True))
             before = len(self.pool)
@@ -182,7 +204,6 @@ class ReST(Imitation):
         if self.normalise:
             rewards = (rewards - rewards.min()) / (rewards.max() - rewards.min())
         self.rewards, self.groups = rewards, self.pool.groups()
-        return aside
 
     def _add_demonstrations(self) -> None:
         """The original data, scored by the same reward."""
@@ -196,9 +217,7 @@ class ReST(Imitation):
         encoded = tokenizer([d.completion for d in told], add_special_tokens=False)["input_ids"]
         responses = [[*ids, tokenizer.eos_token_id] for ids in encoded]
         rollouts = self.policy.assemble([d.prompt for d in told], responses)
-        scores = score(self.reward, rollouts.prompts, rollouts.completions)
-        rollouts.scores, rollouts.members = scores.objective, scores.members
-        self.pool.add(rollouts)
+        self.pool.add(scored(rollouts, self.reward))
 
     def _passing(self, level: float) -> np.ndarray:
         return np.flatnonzero(passing(self.threshold, level, self.rewards, self.groups))
@@ -238,16 +257,6 @@ class ReST(Imitation):
         values = _by_prompt(self.rewards, self.groups, np.mean)[rows]
         found = np.exp(np.clip((rewards - values) / self.temperature, None, 20.0))
         return found / found.mean()
-
-    def _validate(self, prompts: list[str]) -> float:
-        """Mean reward of fresh completions of the prompts set aside."""
-        if not prompts:
-            return float("-inf")
-        with torch.random.fork_rng():
-            torch.manual_seed(self.trial.seed)
-            rollouts = self.policy.sample(prompts, self.validation_samples)
-        scores = score(self.reward, rollouts.prompts, rollouts.completions)
-        return float(scores.objective.mean())
 
     # ---- resume
 

@@ -26,7 +26,7 @@ from rlhf_exp.choices import require
 from rlhf_exp.data.rows import Dataset
 from rlhf_exp.policy import Batch, Policy, Rollouts
 from rlhf_exp.reference import Reference
-from rlhf_exp.rewards import Reward, score
+from rlhf_exp.rewards import Reward, scored
 from rlhf_exp.trial import Trial
 
 GRPO_LOSSES = ("grpo", "dapo", "dr_grpo", "bnpo", "cispo", "sapo", "luspo", "vespo")
@@ -113,7 +113,7 @@ class TRLOnline(TrainerAlgorithm):
         prompts = prompts_at(data.prompts, 0, self.steps * self.batch, trial.seed)
 
         def judge(prompts: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
-            self.rollouts = scored(policy, reward, prompts, completion_ids)
+            self.rollouts = scored(policy.assemble(prompts, completion_ids), reward)
             return self.rollouts.scores.tolist()  # type: ignore[union-attr]
 
         def build(folder: str) -> Any:
@@ -218,17 +218,6 @@ class RLOO(TRLOnline):
     def own_settings(self) -> dict[str, Any]:
         clip = None if self.score_clip is None else (-self.score_clip, self.score_clip)
         return {"normalize_advantages": self.normalize_advantages, "reward_clip_range": clip}
-
-
-def scored(
-    policy: Policy, reward: Reward, prompts: list[str], responses: list[list[int]]
-) -> Rollouts:
-    """Rollouts of what a trainer sampled (token ids), with their scores."""
-    rollouts = policy.assemble(prompts, responses)
-    scores = score(reward, rollouts.prompts, rollouts.completions)
-    rollouts.scores, rollouts.members = scores.objective, scores.members
-    rollouts.facets = scores.facets
-    return rollouts
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rlhf_exp.artifacts import file_hash
+from rlhf_exp.artifacts import file_hash, write_text
 from rlhf_exp.data.rows import Dataset, Demonstration, Pair, Statement, subject
 
 logger = logging.getLogger(__name__)
@@ -84,10 +84,8 @@ def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
-    """One object per line."""
-    path.write_text(
-        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
-    )
+    """One object per line; the file is there whole or not at all."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def require_file(path: Path) -> None:

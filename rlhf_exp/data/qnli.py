@@ -18,6 +18,7 @@ import numpy as np
 
 from rlhf_exp.artifacts import file_hash
 from rlhf_exp.data.local import read_rows, text_column
+from rlhf_exp.data.places import Place
 from rlhf_exp.data.rows import Dataset, Demonstration, Statement
 
 logger = logging.getLogger(__name__)
@@ -140,7 +141,10 @@ class QNLI:
 
     def _rows(self, split: str) -> list[Row]:
         if self.path is None:
-            return [_row(Path(HUB), row, i) for i, row in enumerate(_from_hub(split), 1)]
+            hub = Place(
+                HUB, "qnli", split, files=None, revision=None, streaming=False, answers=None
+            )
+            return [_row(file, row, number) for file, number, row in hub.rows()]
         return [
             _row(file, row, i)
             for file in self._files(split)
@@ -163,21 +167,3 @@ def _row(file: Path, row: dict[str, Any], number: int) -> Row:
             "splits with known labels"
         )
     return PROMPT.format(sentence=sentence, question=question), int(label)
-
-
-def _from_hub(split: str) -> list[dict[str, Any]]:
-    """Rows of a split, cached by the hub's library; FileNotFoundError within seconds without it."""
-    import datasets
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
-
-    datasets.disable_progress_bars()
-    try:
-        if try_to_load_from_cache(HUB, "README.md", repo_type="dataset") is None:
-            # One request without the library's retries, which take half a minute.
-            get_hf_file_metadata(hf_hub_url(HUB, "README.md", repo_type="dataset"), timeout=5)
-        return datasets.load_dataset(HUB, "qnli", split=split).to_list()
-    except Exception as error:
-        raise FileNotFoundError(
-            f"the data set {HUB} is not reachable on the hub ({type(error).__name__}): check the "
-            "network, or give data.path"
-        ) from None

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rlhf_exp.artifacts import Store
 from rlhf_exp.data.rows import Dataset
-from rlhf_exp.policy import Policy
+from rlhf_exp.policy import Policy, Rollouts
 
 
 @dataclass(kw_only=True)
@@ -102,6 +102,14 @@ def score(reward: Any, prompts: list[str], completions: list[str], name: str = "
         }
         return Scores(reward.combine(members), members, more)
     return Scores(_checked(reward(prompts, completions), completions, name), {}, more)
+
+
+def scored(rollouts: Rollouts, reward: Any) -> Rollouts:
+    """`rollouts`, with what `reward` says of them filled in."""
+    found = score(reward, rollouts.prompts, rollouts.completions)
+    rollouts.scores = found.objective.to(rollouts.ids.device)
+    rollouts.members, rollouts.facets = found.members, found.facets
+    return rollouts
 
 
 def _checked(scores: Any, completions: list[str], name: str) -> Tensor:
