@@ -45,13 +45,13 @@ def full_kl(logits: Tensor, ref_logits: Tensor, temperature: float = 1.0) -> Ten
 
 
 def without(logits: Tensor, ids: list[int]) -> Tensor:
-    """`logits` without the columns `ids`, which lie side by side: [..., v] -> [..., v - k], or as
-    they are where the vocabulary ends before them.
-    """
-    if not ids or logits.shape[-1] <= ids[0]:
-        return logits
-    left, right = logits[..., : ids[0]], logits[..., ids[-1] + 1 :]
-    return left if right.shape[-1] == 0 else torch.cat([left, right], -1)
+    """`logits` without those of the columns `ids` that there are: [..., v] -> [..., v - k]."""
+    dropped = sorted(i for i in ids if i < logits.shape[-1])
+    if dropped == list(range(logits.shape[-1] - len(dropped), logits.shape[-1])):
+        return logits[..., : logits.shape[-1] - len(dropped)]  # the last ones: no copy
+    kept = torch.ones(logits.shape[-1], dtype=torch.bool, device=logits.device)
+    kept[dropped] = False
+    return logits[..., kept]
 
 
 KL_ESTIMATORS = {

@@ -228,7 +228,7 @@ class Policy:
         model = weights.load_causal_lm(
             source, self.dtype, self.tokenizer, self.quantization, device
         )
-        if self.adapter is not None and not weights.is_finetuned(source):
+        if self.adapter is not None and not weights.holds_adapter(source, self.adapter):
             model = weights.merge_adapter(model, self.adapter, self.source)
         self.model: Any = self._made_trainable(model) if trainable else model.requires_grad_(False)
         if self.quantization is None:
@@ -332,7 +332,8 @@ class Policy:
 
     def add_control_tokens(self, names: list[str], like: str = "distribution") -> None:
         """New tokens of which completions never hold one; see `weights.add_tokens`."""
-        self.control = weights.add_tokens(self.model, self.tokenizer, names, like)
+        new = weights.add_tokens(self.model, self.tokenizer, names, like)
+        self.control = [*self.control, *new]
 
     # ---- saving
 

@@ -102,8 +102,6 @@ class Stages:
             raise ValueError(f"seed={config['seed']} must be between 0 and 2**32 - 1")
         if config["show_every"] is not None and config["show_every"] < 1:
             raise ValueError(f"show_every={config['show_every']} must be at least 1")
-        if "align" in config["stages"]:
-            self.algo.check(self.policy)
         self.store = Store(Path(config["artifacts"]).expanduser().absolute())
         self.data_spec = {"config": config["data"], "files": self.source.identity()}
         self.policy.identity()  # a path that leads nowhere ends the run here
@@ -130,6 +128,8 @@ class Stages:
     def run(self) -> None:
         """Do the stages asked for."""
         stages = self.config["stages"]
+        if "align" in stages:
+            self.algo.check(self.policy, self.data)
         if set(stages) - {"prepare", "merge"}:  # these two need no policy
             self.policy.check_prompts(self.data.prompts + self.data.held_out, self.base)
         for name in stages:

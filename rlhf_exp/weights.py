@@ -358,10 +358,13 @@ def add_lora(model, fields: dict[str, Any], *, quantized: bool = False):
     return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **fields))
 
 
-def is_finetuned(source: Path | str) -> bool:
-    """Whether the stage sft made `source`: what it makes holds the adapter of its base already."""
+def holds_adapter(source: Path | str, adapter: str) -> bool:
+    """Whether the stage sft made `source` from a base with this very adapter merged in."""
     manifest = Path(source) / MANIFEST
-    return manifest.exists() and json.loads(manifest.read_text()).get("kind") == "sft"
+    if not manifest.exists():
+        return False
+    made_from = json.loads(manifest.read_text()).get("spec", {}).get("policy", {})
+    return made_from.get("adapter") == file_states(Path(adapter))
 
 
 def merge_adapter(model, folder: str, base: str):

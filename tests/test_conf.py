@@ -220,7 +220,8 @@ def test_every_judge_can_be_asked_by_every_algorithm_that_asks(judge: str, algor
     config = compose("config", overrides=[f"algo={algorithm}", chosen, *needed])
     check(config)
     built = build(resolved(config)["algo"], "algo")
-    assert judge in (built.labels.feedback.judge.__class__.__name__.lower(), "local")
+    classes = {"rules": "Rules", "local": "LocalModel", "openai": "OpenAI"}
+    assert type(built.labels.feedback.judge).__name__ == classes[judge]
 
 
 @pytest.mark.parametrize(

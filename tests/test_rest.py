@@ -126,7 +126,7 @@ def test_prompts_set_aside_are_neither_sampled_nor_learned_from(
     start = tmp_path / "start.jsonl"
     write_jsonl(start, [{"prompt": p, "generations": [" eeee"]} for p in PROMPTS])
     algorithm = rest(validation=4, demonstrations=None, start=str(start), steps=1)
-    algorithm.check(room.policy)
+    algorithm.check(room.policy, data)
     with room.trial.listening():
         algorithm.run(room.policy, room.reward, data, room.trial)
     assert len(algorithm.aside) == 4

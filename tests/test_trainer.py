@@ -271,4 +271,4 @@ def test_impossible_settings_are_named(settings: dict[str, Any], message: str) -
 def test_an_adapter_on_the_head_is_refused(name: str) -> None:
     policy = tiny_policy(lora={"r": 2, "target_modules": ["c_attn", "lm_head"]})
     with pytest.raises(ValueError, match=r"policy\.lora\.target_modules names lm_head"):
-        STATEFUL[name]().check(policy)
+        STATEFUL[name]().check(policy, DATA)

@@ -224,8 +224,8 @@ def test_impossible_settings_of_grpo_are_named(settings: dict[str, str], message
 def test_sampling_that_makes_the_kl_wrong_is_refused(make: type[TRLOnline], lab: MakeLab) -> None:
     policy = lab(top_k=5).policy
     with pytest.raises(ValueError, match=rf"policy\.top_k=5 .* {make.__name__} wrong"):
-        make(steps=1, **steady | {"kl_coef": 0.1}).check(policy)
-    make(steps=1, **steady).check(policy)  # nothing asks for a KL
+        make(steps=1, **steady | {"kl_coef": 0.1}).check(policy, DATA)
+    make(steps=1, **steady).check(policy, DATA)  # nothing asks for a KL
 
 
 def test_a_score_that_is_no_number_is_refused(lab: MakeLab) -> None:

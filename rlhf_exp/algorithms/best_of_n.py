@@ -58,7 +58,7 @@ class BestOfN(Curves):
         if self.answers is None:
             self._check_size(self.samples, "algo.samples")
 
-    def check(self, policy: Policy) -> None:
+    def check(self, policy: Policy, data: Dataset) -> None:
         """Any policy can be drawn from; a file must hold what is asked for."""
         if self.answers is None:
             return

@@ -99,17 +99,18 @@ class Conditional(Imitation):
                 "algo.tokens are unknown to the reference: set algo.reference_sees_label=false"
             )
 
-    def check(self, policy: Policy) -> None:
-        super().check(policy)
+    def check(self, policy: Policy, data: Dataset) -> None:
+        """Refuse prompts that hold a control token, and a judge that cannot be asked."""
+        super().check(policy, data)
         self.labels.check()
-
-    def setup(self, policy: Policy, reward: Any, data: Dataset, trial: Trial) -> None:
         for text in [*data.prompts, *data.held_out]:
             if found := [name for name in self.tokens if name.strip() in text]:
                 raise ValueError(
                     f"the prompt {text[:60]!r} contains the control token {found[0].strip()!r}: "
                     "remove the prompt, or choose other algo.tokens"
                 )
+
+    def setup(self, policy: Policy, reward: Any, data: Dataset, trial: Trial) -> None:
         if known := [t for t in self.tokens if t in policy.tokenizer.get_vocab()]:
             raise ValueError(
                 f"the policy knows the control token {known[0]!r} already: start from one that was "

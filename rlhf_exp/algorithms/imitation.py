@@ -118,7 +118,7 @@ class Imitation(Online):
     def _targets(self) -> dict[str, float | None]:
         return {"kl": self.kl_target, "entropy": self.entropy_target}
 
-    def check(self, policy: Policy) -> None:
+    def check(self, policy: Policy, data: Dataset) -> None:
         if self.start is not None:
             self.known = read_generations(Path(self.start).expanduser())
 

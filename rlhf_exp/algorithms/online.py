@@ -67,6 +67,9 @@ class Online:
             step += 1
             trial.end_step(step, policy, self)
 
+    def check(self, policy: Policy, data: Dataset) -> None:
+        """Refuse what can be known to fail before any weights load."""
+
     def setup(self, policy: Policy, reward: Reward, data: Dataset, trial: Trial) -> None:
         """Build optimizers and whatever else needs what `run` was given."""
         raise NotImplementedError

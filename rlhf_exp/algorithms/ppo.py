@@ -146,7 +146,7 @@ class PPO(Online):
                 f"algo.kl_target={self.kl_target} must be positive, or null for a fixed coefficient"
             )
 
-    def check(self, policy: Policy) -> None:
+    def check(self, policy: Policy, data: Dataset) -> None:
         """Refuse a policy whose sampling would make the KL wrong."""
         policy.require_plain_sampling("PPO")
 
@@ -252,8 +252,8 @@ class PPO(Online):
                 )
         if not kl.isfinite().all():
             raise ValueError(
-                "the KL to the reference is no longer finite: resume from an earlier checkpoint "
-                "with a lower algo.lr, or raise algo.kl_coef"
+                "the KL to the reference is no longer finite: start again with a lower algo.lr, or "
+                "a higher algo.kl_coef"
             )
         return Experience(logprobs, values, kl, log_ratio, advantages=values, returns=values)
 
@@ -282,8 +282,8 @@ class PPO(Online):
                 break
         if applied == 0:
             raise ValueError(
-                "no update of this step had a finite loss and gradient: resume from the last "
-                "checkpoint with a lower algo.lr"
+                "no update of this step had a finite loss and gradient: start again with a lower "
+                "algo.lr"
             )
         means = {k: v / updates for k, v in totals.items() if k != "ppo/ratio_error"}
         return means | {

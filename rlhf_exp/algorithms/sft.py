@@ -71,6 +71,11 @@ class SFT(TrainerAlgorithm):
 
     # ---- as an algorithm
 
+    def check(self, policy: Policy, data: Dataset) -> None:
+        """Refuse data without demonstrations."""
+        super().check(policy, data)
+        self.require_demonstrations(data)
+
     def run(self, policy: Policy, reward: Any, data: Dataset, trial: Trial) -> None:
         """Train `policy` in place, one step of the trial per optimizer step."""
         rows = self.rows(policy, data)
@@ -109,17 +114,8 @@ class SFT(TrainerAlgorithm):
 
     def rows(self, policy: Policy, data: Dataset) -> tuple[Any, Any]:
         """Tokenized demonstrations to train on, and those held out, or None."""
+        self.require_demonstrations(data)
         told = data.demonstrations
-        if not told:
-            raise ValueError(
-                "the stage sft needs demonstrations and the data has none: give "
-                "data.demonstrations or policy.sft=false"
-            )
-        if len(told) <= self.held_out:
-            raise ValueError(
-                f"{self.key}.held_out={self.held_out} leaves none of {len(told)} demonstrations to "
-                "train on: lower it"
-            )
         cut = len(told) - self.held_out
         held_out = self._encoded(policy, told[cut:]) if self.held_out else None
         train = self._encoded(policy, told[:cut])
@@ -163,6 +159,20 @@ class SFT(TrainerAlgorithm):
         packed = pack_dataset(rows, self.max_length, "bfd")
         logger.info("%d demonstrations packed into %d rows", len(rows), len(packed))
         return packed
+
+    def require_demonstrations(self, data: Dataset) -> None:
+        """ValueError if there are none to train on."""
+        told = len(data.demonstrations)
+        if not told:
+            raise ValueError(
+                "sft needs demonstrations and the data has none: give data.demonstrations, or "
+                "policy.sft=false and another algo than sft"
+            )
+        if told <= self.held_out:
+            raise ValueError(
+                f"{self.key}.held_out={self.held_out} leaves none of {told} demonstrations to "
+                "train on: lower it"
+            )
 
     def steps_on(self, rows: Any) -> int:
         """Optimizer steps on `rows`."""

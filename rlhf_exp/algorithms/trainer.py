@@ -27,6 +27,7 @@ import torch
 
 from rlhf_exp.checkpoints import random_state, set_random_state
 from rlhf_exp.choices import pick
+from rlhf_exp.data.rows import Dataset
 from rlhf_exp.policy import Policy
 from rlhf_exp.trial import Trial
 
@@ -115,7 +116,7 @@ class TrainerAlgorithm:
         """Optimizer steps in a step of the trial."""
         return 1
 
-    def check(self, policy: Policy) -> None:
+    def check(self, policy: Policy, data: Dataset) -> None:
         """Refuse an adapter that TRL would pass by."""
         if "lm_head" in (policy.lora or {}).get("target_modules", ()):
             raise ValueError(
@@ -170,8 +171,7 @@ class TrainerAlgorithm:
         step = done + self.trainer.state.global_step // self.stride
         if not math.isfinite(logs["loss"]):
             raise ValueError(
-                f"the loss of step {step} is {logs['loss']}: resume from an earlier checkpoint "
-                f"with a lower {self.key}.lr"
+                f"the loss of step {step} is {logs['loss']}: start again with a lower {self.key}.lr"
             )
         seconds = time.perf_counter() - self.clock
         metrics = self._ours(logs)

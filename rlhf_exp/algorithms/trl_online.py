@@ -100,9 +100,9 @@ class TRLOnline(TrainerAlgorithm):
     def stride(self) -> int:
         return self.iterations
 
-    def check(self, policy: Policy) -> None:
+    def check(self, policy: Policy, data: Dataset) -> None:
         """Refuse a policy whose sampling would make the KL wrong."""
-        super().check(policy)
+        super().check(policy, data)
         if self.kl_coef:
             policy.require_plain_sampling(type(self).__name__)
 

@@ -24,17 +24,21 @@ def read_jsonl(path: Path, *, lists: bool = False) -> list[dict[str, Any]]:
     """One object per line; ValueError with the line's number for anything else, blank lines
     included. With `lists` a line may be a list, which becomes the column `row`.
     """
-    lines = _text(path).split("\n")
-    return [
-        _columns(path, number, _parsed(f"{path}, line {number}", line), lists)
-        for number, line in enumerate(lines if lines[-1] else lines[:-1], 1)
-    ]
+    return list(_each_line(path, lists))
 
 
-def _text(path: Path) -> str:
+def _each_line(path: Path, lists: bool) -> Iterator[dict[str, Any]]:
+    for number, line in enumerate(_lines(path), 1):
+        row = _parsed(f"{path}, line {number}", line.rstrip("\n"))
+        yield _columns(path, number, row, lists)
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """One after the other, so that a pool of many gigabytes never lies in memory."""
+    unpacked = gzip.open if path.suffix == ".gz" else open
     try:
-        content = path.read_bytes()
-        return (gzip.decompress(content) if path.suffix == ".gz" else content).decode()
+        with unpacked(path, "rt", encoding="utf-8", newline="\n") as file:
+            yield from file
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text ({error}); convert it") from None
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
@@ -61,9 +65,8 @@ def _columns(path: Path, number: int, row: Any, lists: bool) -> dict[str, Any]:
 
 def _json_rows(path: Path, lists: bool) -> list[dict[str, Any]]:
     """Of a file that is one list of rows, or a row per line in spite of its name."""
-    text = _text(path)
     try:
-        whole = json.loads(text)
+        whole = json.loads("".join(_lines(path)))
     except ValueError as error:
         if "Extra data" in str(error):  # a first value, and more
             return read_jsonl(path, lists=lists)
@@ -108,7 +111,7 @@ def each_row(path: Path, *, lists: bool = False) -> Iterator[dict[str, Any]]:
     if path.suffix == ".parquet":
         rows = _parquet_rows(path)
     elif suffix == ".jsonl":
-        rows = iter(read_jsonl(path, lists=lists))
+        rows = _each_line(path, lists)
     elif suffix == ".json":
         rows = iter(_json_rows(path, lists))
     else:
