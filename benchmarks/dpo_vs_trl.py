@@ -16,23 +16,18 @@ pairs it used, and saves the reward model.
 Left out: evaluation and checkpoints (on both sides), memory, GPUs, larger models.
 """
 
-import argparse
-import contextlib
-import io
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
+from argparse import SUPPRESS, Namespace
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from ppo_vs_trl import FIRST_CHARACTER, HEADS, LAYERS, PROMPT, RESPONSE, ROOT, VOCABULARY, WIDTH
-from ppo_vs_trl import describe as about
+from sides import PROMPT, RESPONSE, SHAPE, bare_trial, child, describe, parser, texts, timed
+from sides import tokenizer as make_tokenizer
 
 PAIRS, BATCH, LR, BETA = 1024, 64, 1e-4, 0.1
 
@@ -43,30 +38,23 @@ PAIRS, BATCH, LR, BETA = 1024, 64, 1e-4, 0.1
 def build_world(folder: Path) -> None:
     """Save a policy with its tokenizer, and pairs, below `folder`."""
     import torch
-    from tokenizers import Tokenizer, decoders, models
-    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
-    from transformers.utils.logging import disable_progress_bar
+    from transformers import GPT2Config, GPT2LMHeadModel
 
-    disable_progress_bar()
-    characters = [chr(FIRST_CHARACTER + i) for i in range(VOCABULARY)]
-    bpe = Tokenizer(models.BPE({c: i for i, c in enumerate(characters)}, []))
-    bpe.decoder = decoders.Fuse()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, eos_token="<end>", pad_token="<pad>", padding_side="left"
-    )
+    tokenizer = make_tokenizer(eos_token="<end>", pad_token="<pad>")
     tokenizer.save_pretrained(folder / "policy")
-    shape = {"n_embd": WIDTH, "n_layer": LAYERS, "n_head": HEADS, "n_positions": 64}
-    shape |= {f"{k}_pdrop": 0.0 for k in ("resid", "embd", "attn")}
-    ends = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
     torch.manual_seed(0)
     config = GPT2Config(
-        vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **shape, **ends
+        vocab_size=len(tokenizer),
+        n_positions=64,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **SHAPE,
     )
     GPT2LMHeadModel(config).save_pretrained(folder / "policy")
     lengths = {"prompt": PROMPT, "chosen": RESPONSE, "rejected": RESPONSE}
-    columns = {k: torch.randint(VOCABULARY, (PAIRS, n)).tolist() for k, n in lengths.items()}
-    texts = {k: ["".join(characters[i] for i in row) for row in v] for k, v in columns.items()}
-    rows = [dict(zip(texts, row, strict=True)) for row in zip(*texts.values(), strict=True)]
+    columns = {k: texts(PAIRS, n) for k, n in lengths.items()}
+    rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     for name, part in (("train", rows), ("evaluation", rows[:2])):
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in part]
         (folder / f"{name}.jsonl").write_text("".join(lines))
@@ -85,42 +73,12 @@ def our_dpo(world: Path) -> Callable[[], Any]:
     import trl.trainer.dpo_trainer  # noqa: F401  # imports are not what is measured
 
     from rlhf_exp.algorithms.dpo import DPO
-    from rlhf_exp.checkpoints import Checkpoints
     from rlhf_exp.data.rows import Dataset
-    from rlhf_exp.evaluation.scoring import Evaluation, Evaluator
-    from rlhf_exp.hardware import Hardware
     from rlhf_exp.policy import Policy
-    from rlhf_exp.reference import Reference
-    from rlhf_exp.tracking import Log, NoTracker
-    from rlhf_exp.trial import Trial
 
-    class BareTrial(Trial):
-        """Logs, but neither evaluates nor saves, as TRL is asked not to."""
-
-        def begin(self, policy: Policy, algorithm: Any, steps: int) -> int:
-            self.steps = steps
-            self.log.begin(0, steps)
-            return 0
-
-        def end_step(self, step: int, policy: Policy, algorithm: Any) -> None:
-            pass
-
-    folder = Path(tempfile.mkdtemp(dir=world))
     policy = Policy(path=str(world / "policy"))
     policy.load(world / "policy", trainable=True)
-    evaluator = Evaluator(Evaluation(), [], None, None, folder)
-    evaluator.due = lambda step, last: False  # type: ignore[method-assign]
-    trial = BareTrial(
-        directory=folder,
-        seed=0,
-        accelerator=Hardware(threads=1).accelerator(),
-        reference=Reference(policy),
-        pairs=lambda: world,
-        labeller=lambda: None,
-        log=Log(folder, NoTracker(), show_every=PAIRS),
-        checkpoints=Checkpoints(),
-        evaluator=evaluator,
-    )
+    trial = bare_trial(Path(tempfile.mkdtemp(dir=world)), policy)
     algorithm = DPO(lr=LR, batch=BATCH, micro_batch=BATCH, beta=BETA)
     return lambda: algorithm.run(policy, None, Dataset(prompts=[], held_out=[]), trial)
 
@@ -210,44 +168,25 @@ def work(task: str, side: str, world: Path) -> None:
     import torch
 
     torch.set_num_threads(1)
-    do = WORK[task][side](world)
-    wall, cpu = time.perf_counter(), time.process_time()
-    with contextlib.redirect_stdout(io.StringIO()):
-        do()
-    cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
-    print(json.dumps({"task": task, "side": side, "cpu": cpu, "wall": wall}))
+    times, _ = timed(WORK[task][side](world))
+    print(json.dumps({"task": task, "side": side} | times))
 
 
 # ------------------------------------------------------------------------------------ the benchmark
-
-
-def run(task: str, side: str, world: Path) -> dict[str, Any]:
-    """One run in a fresh process."""
-    environment = os.environ | {
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-        "OMP_WAIT_POLICY": "PASSIVE",
-        "HF_HUB_OFFLINE": "1",
-        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
-    }
-    command = [sys.executable, __file__, "--task", task, "--side", side, "--world", str(world)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"{task} of {side} failed:\n{done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def compare(rounds: int, world: Path) -> dict[str, Any]:
     """`rounds` runs of each side in turn, printed as they end, and pairs per CPU-second."""
     from importlib.metadata import version
 
-    found: dict[str, Any] = about() | {"trl": version("trl"), "runs": []}
+    found: dict[str, Any] = describe(version("trl")) | {"runs": []}
     print(", ".join(f"{k} {v}" for k, v in found.items() if k != "runs"))
     print(f"{'round':>5} {'task':>7} {'side':>5} {'CPU s':>8} {'wall s':>8}")
     for number in range(1, rounds + 1):
         for task, sides in WORK.items():
             for side in sides:
-                result = run(task, side, world)
+                asked = ("--task", task, "--side", side, "--world", str(world))
+                result, _ = child(__file__, *asked)
                 times = f"{result['cpu']:8.2f} {result['wall']:8.2f}"
                 print(f"{number:5d} {task:>7} {side:>5} {times}", flush=True)
                 found["runs"].append({"round": number, **result})
@@ -268,15 +207,11 @@ def compare(rounds: int, world: Path) -> dict[str, Any]:
     return found
 
 
-def arguments() -> argparse.Namespace:
+def arguments() -> Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=3, help="runs of each side (default: 3)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers there")
-    parser.add_argument("--task", choices=list(WORK), help=argparse.SUPPRESS)
-    parser.add_argument("--side", choices=["ours", "trl"], help=argparse.SUPPRESS)
-    parser.add_argument("--world", type=Path, help=argparse.SUPPRESS)
-    return parser.parse_args()
+    found = parser(__doc__)
+    found.add_argument("--task", choices=list(WORK), help=SUPPRESS)
+    return found.parse_args()
 
 
 def main() -> None:

@@ -20,31 +20,37 @@ Left out: evaluation and checkpoints (on both sides), memory, GPUs, larger model
 two learn equally well.
 """
 
-import argparse
-import contextlib
 import cProfile
-import datetime
-import io
 import json
-import os
-import platform
 import pstats
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from sides import (
+    PROMPT,
+    RESPONSE,
+    ROOT,
+    SHAPE,
+    VOCABULARY,
+    bare_trial,
+    child,
+    describe,
+    parser,
+    texts,
+    timed,
+)
+from sides import tokenizer as make_tokenizer
+
 TRL_VERSION = "1.12.0"
 EPISODES, BATCH, EPOCHS = 512, 64, 4
-PROMPT, RESPONSE, VOCABULARY = 16, 32, 512
 LR, BETAS = 1e-4, (0.9, 0.95)
-WIDTH, LAYERS, HEADS = 64, 2, 4
-FIRST_CHARACTER = 0x4E00  # every token is one character, so text and tokens are the same thing
 
 
 # ------------------------------------------------------------------------------ what both sides get
@@ -53,40 +59,19 @@ FIRST_CHARACTER = 0x4E00  # every token is one character, so text and tokens are
 def build_world(folder: Path) -> None:
     """Save tokenizers, policy, reward classifier and prompts below `folder` for both sides."""
     import torch
-    from tokenizers import Tokenizer, decoders, models
-    from transformers import (
-        GPT2Config,
-        GPT2ForSequenceClassification,
-        GPT2LMHeadModel,
-        PreTrainedTokenizerFast,
-    )
-    from transformers.utils.logging import disable_progress_bar
+    from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
 
-    disable_progress_bar()
-    characters = [chr(FIRST_CHARACTER + i) for i in range(VOCABULARY)]
-    bpe = Tokenizer(models.BPE({c: i for i, c in enumerate(characters)}, []))
-    bpe.decoder = decoders.Fuse()
     end, pad = {"eos_token": "<end>"}, {"pad_token": "<pad>"}
     for name, specials in (("policy", end | pad), ("classifier", pad)):
-        PreTrainedTokenizerFast(tokenizer_object=bpe, **specials).save_pretrained(folder / name)
+        make_tokenizer(**specials).save_pretrained(folder / name)
     torch.manual_seed(0)
-    shape = {
-        "vocab_size": VOCABULARY,
-        "n_positions": PROMPT + RESPONSE,
-        "n_embd": WIDTH,
-        "n_layer": LAYERS,
-        "n_head": HEADS,
-        "bos_token_id": None,
-        "eos_token_id": None,
-    }
-    shape |= {f"{k}_pdrop": 0.0 for k in ("resid", "embd", "attn")}
+    ends = {"bos_token_id": None, "eos_token_id": None}
+    shape = {"vocab_size": VOCABULARY, "n_positions": PROMPT + RESPONSE, **ends, **SHAPE}
     GPT2LMHeadModel(GPT2Config(**shape)).save_pretrained(folder / "policy")
     # the classifier knows its pad token: without one transformers refuses to score batches
     shape |= {"vocab_size": VOCABULARY + 2, "num_labels": 1, "pad_token_id": VOCABULARY}
     GPT2ForSequenceClassification(GPT2Config(**shape)).save_pretrained(folder / "classifier")
-    draws = torch.randint(VOCABULARY, (EPISODES, PROMPT)).tolist()
-    prompts = ["".join(characters[i] for i in row) for row in draws]
-    (folder / "prompts.json").write_text(json.dumps(prompts))
+    (folder / "prompts.json").write_text(json.dumps(texts(EPISODES, PROMPT)))
 
 
 # ------------------------------------------------------------------------------------ the two sides
@@ -95,26 +80,9 @@ def build_world(folder: Path) -> None:
 def prepare_ours(world: Path) -> Callable[[], int]:
     """All that precedes the loop; returns the loop, which tells how many tokens it drew."""
     from rlhf_exp.algorithms.ppo import PPO
-    from rlhf_exp.checkpoints import Checkpoints
     from rlhf_exp.data.rows import Dataset
-    from rlhf_exp.evaluation.scoring import Evaluation, Evaluator
-    from rlhf_exp.hardware import Hardware
     from rlhf_exp.policy import Policy
-    from rlhf_exp.reference import Reference
     from rlhf_exp.rewards.pairwise import Pairwise
-    from rlhf_exp.tracking import Log, NoTracker
-    from rlhf_exp.trial import Trial, seed_everything
-
-    class BareTrial(Trial):
-        """Logs, but neither evaluates nor saves, as TRL is asked not to."""
-
-        def begin(self, policy: Policy, algorithm: Any, steps: int) -> int:
-            self.log.begin(0, steps)
-            seed_everything(self.seed)
-            return 0
-
-        def end_step(self, step: int, policy: Policy, algorithm: Any) -> None:
-            pass
 
     policy = Policy(path=str(world / "policy"), max_new_tokens=RESPONSE)
     policy.load(world / "policy", trainable=True)
@@ -131,17 +99,7 @@ def prepare_ours(world: Path) -> Callable[[], int]:
     )
     data = Dataset(prompts=json.loads((world / "prompts.json").read_text()), held_out=[])
     folder = Path(tempfile.mkdtemp(dir=world))
-    trial = BareTrial(
-        directory=folder,
-        seed=0,
-        accelerator=Hardware(threads=1).accelerator(),
-        reference=Reference(policy),
-        pairs=lambda: folder,
-        labeller=lambda: None,
-        log=Log(folder, NoTracker(), show_every=EPISODES),
-        checkpoints=Checkpoints(),
-        evaluator=Evaluator(Evaluation(), [], reward, reward, folder),
-    )
+    trial = bare_trial(folder, policy, reward)
 
     def loop() -> int:
         algorithm.run(policy, reward, data, trial)
@@ -224,14 +182,11 @@ def work(side: str, world: Path, profile: bool) -> None:
     """What a child process does: one run, its numbers on the last line of standard output."""
     loop = SIDES[side](world)
     profiler = cProfile.Profile(time.process_time)
-    wall, cpu = time.perf_counter(), time.process_time()
-    with contextlib.redirect_stdout(io.StringIO()):  # progress, sample texts
-        tokens = profiler.runcall(loop) if profile else loop()
-    result = {"side": side, "cpu": time.process_time() - cpu, "wall": time.perf_counter() - wall}
+    times, tokens = timed(lambda: profiler.runcall(loop) if profile else loop())
     assert tokens == EPISODES * RESPONSE, f"{side} drew {tokens} tokens, not {EPISODES * RESPONSE}"
     if profile:
         print_profile(profiler)
-    print(json.dumps(result))
+    print(json.dumps({"side": side} | times))
 
 
 def print_profile(profiler: cProfile.Profile, count: int = 15) -> None:
@@ -260,46 +215,15 @@ def install_trl(folder: Path) -> None:
     (folder / ".gitignore").write_text("*\n")
 
 
-def run(side: str, world: Path, trl: Path, *, profile: bool = False) -> tuple[dict[str, Any], str]:
+def run(side: str, world: Path, trl: Path, *more: str) -> tuple[dict[str, Any], str]:
     """One run in a fresh process: its numbers, and what it printed before them."""
     path = {"ours": ROOT, "trl": trl}[side]
-    environment = os.environ | {
-        "PYTHONPATH": str(path),
-        "OMP_NUM_THREADS": "1",
-        "OMP_WAIT_POLICY": "PASSIVE",
-        "HF_HUB_OFFLINE": "1",
-        "TRL_EXPERIMENTAL_SILENCE": "1",
-    }
-    command = [sys.executable, __file__, "--side", side, "--world", str(world)]
-    command += ["--profile"] * profile
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"{side} failed:\n{done.stderr}")
-    *said, numbers = done.stdout.splitlines()
-    return json.loads(numbers), "\n".join(said)
-
-
-def describe() -> dict[str, str]:
-    """Machine, date and versions."""
-    from importlib.metadata import version
-
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
-    return {
-        "processor": names[0] if names else platform.processor() or platform.machine(),
-        "cores": str(os.cpu_count()),
-        "date": datetime.date.today().isoformat(),
-        "python": platform.python_version(),
-        "torch": version("torch"),
-        "transformers": version("transformers"),
-        "trl": TRL_VERSION,
-    }
+    return child(__file__, "--side", side, "--world", str(world), *more, path=path)
 
 
 def compare(rounds: int, world: Path, trl: Path) -> dict[str, Any]:
     """`rounds` runs of each side in turn, printed as they end, and their medians."""
-    about = describe()
+    about = describe(TRL_VERSION)
     print(", ".join(f"{k} {v}" for k, v in about.items()))
     print(f"{'round':>5} {'side':>5} {'CPU s':>8} {'wall s':>8}")
     runs = []
@@ -317,21 +241,17 @@ def compare(rounds: int, world: Path, trl: Path) -> dict[str, Any]:
     return about | {"runs": runs, "median_cpu": median, "ratio": ratio}
 
 
-def arguments() -> argparse.Namespace:
+def arguments() -> Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=3, help="runs of each side (default: 3)")
-    parser.add_argument(
+    found = parser(__doc__)
+    found.add_argument(
         "--trl-dir",
         type=Path,
         default=ROOT / "build" / f"trl-{TRL_VERSION}",
         help=f"where TRL {TRL_VERSION} is, or will be installed (default: build/trl-{TRL_VERSION})",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers there")
-    parser.add_argument("--profile", action="store_true", help="show where ours spends its time")
-    parser.add_argument("--side", choices=list(SIDES), help=argparse.SUPPRESS)
-    parser.add_argument("--world", type=Path, help=argparse.SUPPRESS)
-    return parser.parse_args()
+    found.add_argument("--profile", action="store_true", help="show where ours spends its time")
+    return found.parse_args()
 
 
 def main() -> None:
@@ -349,7 +269,7 @@ def main() -> None:
         world = Path(folder)
         build_world(world)
         if asked.profile:
-            print(run("ours", world, trl, profile=True)[1])
+            print(run("ours", world, trl, "--profile")[1])
             return
         found = compare(asked.rounds, world, trl)
     if asked.json:

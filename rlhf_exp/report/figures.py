@@ -17,7 +17,9 @@ GOLD, PROXY, GREY = "#b8860b", "#1f5fa8", "#8a8a8a"
 
 
 def draw(directory: Path) -> None:
-    """Write figures/{scores_by_step,scores_by_kl,members,kl_coefficient}.png."""
+    """Write figures/{scores_by_step,scores_by_kl}.png, members.png if the reward has members, and
+    kl_coefficient.png if there is one.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -29,20 +31,19 @@ def draw(directory: Path) -> None:
     steps = [row for row in metrics if "reward/proxy" in row]
     folder = directory / "figures"
     folder.mkdir(exist_ok=True)
-    for name, plot in (
-        ("scores_by_step", _by_step),
-        ("scores_by_kl", _by_kl),
-        ("members", _members),
-    ):
+    plots: dict[str, tuple[Any, Any]] = {
+        "scores_by_step": (_by_step, evaluations),
+        "scores_by_kl": (_by_kl, evaluations),
+    }
+    if any(k.startswith("reward/proxy/") for k in evaluations[0]["metrics"]):
+        plots["members"] = _members, evaluations
+    if any(row.get("kl/coef") for row in steps):
+        plots["kl_coefficient"] = _kl_coefficient, steps
+    for name, (plot, shown) in plots.items():
         figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
-        plot(axes, evaluations)
-        axes.legend(frameon=False)
+        plot(axes, shown)
         figure.savefig(folder / f"{name}.png", dpi=150)
         plt.close(figure)
-    figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
-    _kl_coefficient(axes, steps)
-    figure.savefig(folder / "kl_coefficient.png", dpi=150)
-    plt.close(figure)
 
 
 def _series(evaluations: list[dict[str, Any]], key: str) -> list[float]:
@@ -65,6 +66,7 @@ def _scores(axes: Any, x: list[float], evaluations: list[dict[str, Any]]) -> Non
         y = _series(evaluations, key)
         axes.plot(x, y, "o-", color=color, markersize=3, label=label)
     axes.set_ylabel("mean score on held-out prompts")
+    axes.legend(frameon=False)
 
 
 def _members(axes: Any, evaluations: list[dict[str, Any]]) -> None:
@@ -83,14 +85,17 @@ def _members(axes: Any, evaluations: list[dict[str, Any]]) -> None:
         x, _series(evaluations, "reward/proxy"), "o-", color=PROXY, markersize=3, label="objective"
     )
     axes.set(xlabel="step", ylabel="mean score on held-out prompts")
+    axes.legend(frameon=False)
 
 
 def _kl_coefficient(axes: Any, steps: list[dict[str, Any]]) -> None:
     x = [row["step"] for row in steps]
-    axes.plot(x, [row.get("kl/coef", 0.0) for row in steps], color=PROXY)
+    axes.plot(x, [row["kl/coef"] for row in steps], color=PROXY)
     axes.set(xlabel="step", ylabel="KL coefficient")
     axes.set_ylim(bottom=0)
+    if "kl/k1" not in steps[0]:
+        return
     right = axes.twinx()
-    right.plot(x, [row.get("kl/k1", 0.0) for row in steps], color=GREY)
+    right.plot(x, [row["kl/k1"] for row in steps], color=GREY)
     right.set_ylabel("KL to the start (nats)", color=GREY)
     right.grid(visible=False)
