@@ -33,6 +33,13 @@ HEALTHY: dict[str, tuple[float, float, str]] = {
         "the value function is worse than a constant: lower algo.value_lr or algo.vf_coef",
     ),
     "ppo/grad_norm": (0.0, 50.0, "gradients explode: lower algo.lr"),
+    "dpo/accuracy": (0.4, 1.0, "rejected completions gain on chosen ones: lower algo.lr"),
+    "grpo/flat_groups": (
+        0.0,
+        0.8,
+        "most prompts teach nothing, as all their completions score alike: raise algo.samples or "
+        "policy.temperature",
+    ),
     "length/ended": (
         0.1,
         1.0,

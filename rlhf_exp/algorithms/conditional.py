@@ -42,7 +42,7 @@ class Conditional(Imitation):
     # share of the pool forgotten before new completions are added, drawn alike from every label (of
     # every prompt, where labels are each prompt's own), or under a judge from every prompt
     drop_factor: float = 0.0
-    # completions of each prompt to learn from, balanced by label; null: the whole pool
+    # completions of each distinct prompt to learn from, balanced by label; null: the whole pool
     per_prompt: int | None = None
     fill: bool = False  # top up what balance leaves short of per_prompt
     # completions cut off by length end after all where they end a sentence
