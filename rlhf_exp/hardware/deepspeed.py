@@ -6,7 +6,9 @@ Left out: pipelines and tensor parallelism, and several trained engines in one p
 
 import copy
 import importlib.util
+import logging
 import tempfile
+import warnings
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -92,6 +94,7 @@ class DeepSpeed(Hardware):
 
             # an operation for tensor parallelism that would be compiled now and never used
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        _quiet()
         own = "bf16" in self.deepspeed or self.mixed_precision != "bf16"
         # gloo, and no cpu=True: with that, Accelerate leaves DeepSpeed out without a word
         group = InitProcessGroupKwargs(
@@ -117,6 +120,12 @@ def _require_writable(path: str | None, key: str) -> None:
         raise ValueError(
             f"{key}={path} cannot be written to ({reason}): name a folder on a fast local disk"
         ) from None
+
+
+def _quiet() -> None:
+    """DeepSpeed speaks of errors only, and its calls of names that torch has renamed go unsaid."""
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)
 
 
 def _load_whole_models() -> None:
