@@ -7,17 +7,27 @@ once.
 import json
 import os
 import sys
+from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from rlhf_exp import processes
 from rlhf_exp.config import build, check, conf_directory, explain, resolved
 from rlhf_exp.worker import guarded
+
+# of a process that shares its run with the main one: no .hydra, no log of Hydra's
+QUIET = ["hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none"]
+SWEEPS = (
+    "a sweep starts the processes of its jobs itself: run it with -m and without torchrun or "
+    "srun, or one run with them"
+)
 
 
 @hydra.main(version_base="1.3", config_path=str(conf_directory()), config_name="config")
@@ -26,7 +36,9 @@ def main(config: DictConfig) -> float | None:
     sweep = HydraConfig.get().mode == RunMode.MULTIRUN
     directory = Path(HydraConfig.get().runtime.output_dir)
     if not sweep and (code := guarded(lambda: run(config, directory, isolated=False))):
-        sys.exit(code)
+        processes.leave(code)
+    if sweep and processes.joined():
+        raise ValueError(SWEEPS)
     if sweep:
         run(config, directory, isolated=True)
     result = directory / "summary.json"
@@ -42,6 +54,18 @@ def run(config: DictConfig, directory: Path, *, isolated: bool) -> None:
     plain["artifacts"] = str(Path(plain["artifacts"]).expanduser().absolute())
     hardware = build(plain["hardware"], "hardware")
     os.environ.update(hardware.env())
+    hardware.check()
+    if (shared := processes.agreed(directory)) != directory:
+        raise ValueError(
+            f"the processes of the run would write to {shared} and to {directory}: give one "
+            "hydra.run.dir to all, with ${started:} in it rather than ${now:}"
+        )
+    processes.first(lambda: write_down(plain, directory))
+    hardware.launch(directory, isolated=isolated)
+
+
+def write_down(plain: dict[str, Any], directory: Path) -> None:
+    """run.json, in a directory that holds no run yet."""
     from rlhf_exp.artifacts import write_json
     from rlhf_exp.run import describe
 
@@ -52,24 +76,31 @@ def run(config: DictConfig, directory: Path, *, isolated: bool) -> None:
         )
     write_json(directory / "run.json", describe(plain))
     print(f"run directory: {directory}", file=sys.stderr)
-    hardware.launch(directory, isolated=isolated)
 
 
 def cli() -> None:
-    """The command line, with errors as one sentence."""
+    """The command line, with errors as one sentence; under torchrun or srun, one of several."""
+    if code := guarded(processes.join):
+        processes.leave(code)
     wanted = [a.removeprefix("resume=") for a in sys.argv[1:] if a.startswith("resume=")]
     if wanted and len(sys.argv) > 2:
         sys.exit("error: resume=<run directory> takes its settings from the run and stands alone")
     if wanted:
         from rlhf_exp.worker import resume
 
-        sys.exit(guarded(lambda: resume(Path(wanted[0]).absolute())))
-    sys.exit(guarded(compose_and_run))
+        processes.leave(guarded(lambda: resume(Path(wanted[0]).absolute())))
+    processes.leave(guarded(compose_and_run))
 
 
 def compose_and_run() -> None:
     """Hydra's own run, its composition errors explained."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands exceptions on instead of printing them
+    if processes.joined() and {"-m", "--multirun"} & set(sys.argv):
+        raise ValueError(SWEEPS)
+    if not processes.main():
+        sys.argv += QUIET
+    now = processes.agreed(datetime.now())  # one clock for all, as they share a directory
+    OmegaConf.register_new_resolver("started", now.strftime)
     try:
         main()
     except (HydraException, OmegaConfBaseException) as error:

@@ -2,7 +2,7 @@
 
 A directory is written under a temporary name, every file fsynced and hashed, and renamed. Whoever
 finds it finished reuses it after checking the hashes; whoever comes while it is being made waits on
-a file lock.
+a file lock. Of the processes of one run, the main one makes and writes; the others wait and read.
 """
 
 import errno
@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
+
+from rlhf_exp import processes
 
 MANIFEST = "artifact.json"
 # How a full disk or a file size limit reads, also through libraries with errors of their own.
@@ -42,7 +44,11 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write through a temporary name, so that a reader or a crash never sees half a file."""
+    """Write through a temporary name, so that a reader or a crash never sees half a file. Only the
+    main process writes.
+    """
+    if not processes.main():
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -56,8 +62,10 @@ def write_text(path: Path, text: str) -> None:
 
 def write_directory(path: Path, make: Callable[[Path], object], about: dict) -> None:
     """Let `make` fill a directory that appears at `path` whole or not at all, with a manifest of
-    its hashes.
+    its hashes. Only the main process writes.
     """
+    if not processes.main():
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     for stale in path.parent.glob(f".{path.name}.tmp-*"):
         shutil.rmtree(stale)  # left by a process that was killed
@@ -120,8 +128,14 @@ class Store:
         self.used: dict[str, str] = {}
 
     def get(self, kind: str, name: str, spec: dict, make: Callable[[Path], None]) -> Path:
-        """The finished artifact that `spec` determines, made now if nobody made it before."""
+        """The finished artifact that `spec` determines, made now if nobody made it before: by the
+        main process alone, while the others wait as long as it takes.
+        """
         path = self.root / kind / f"{name}-{fingerprint(spec)}"
+        if not processes.main():
+            processes.wait(path.exists)
+            verify(path)
+            return path
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.parent / f".{path.name}.lock"):
             found = path.exists()
@@ -129,8 +143,9 @@ class Store:
                 verify(path)
             else:
                 made = datetime.now(UTC).isoformat(timespec="seconds")
-                write_directory(
-                    path, make, {"kind": kind, "name": name, "spec": spec, "made": made}
-                )
+                with processes.alone():
+                    write_directory(
+                        path, make, {"kind": kind, "name": name, "spec": spec, "made": made}
+                    )
         self.used[str(path)] = "reused" if found else "made"
         return path

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from rlhf_exp import processes
 from rlhf_exp.artifacts import verify, write_directory, write_json
 from rlhf_exp.choices import require
 from rlhf_exp.evaluation.scoring import METRICS
@@ -45,7 +46,12 @@ class Checkpoints:
         self.folder = directory / "checkpoints"
 
     def save(self, step: int, state: dict[str, Any], best_step: int | None) -> None:
-        """Write `state` as the checkpoint of `step`, then drop what is neither recent nor best."""
+        """Write `state` as the checkpoint of `step`, then drop what is neither recent nor best. The
+        main process writes; all go on when it has.
+        """
+        processes.first(lambda: self._write(step, state, best_step))
+
+    def _write(self, step: int, state: dict[str, Any], best_step: int | None) -> None:
         path = self.folder / f"step-{step:06d}"
         if path.exists():
             shutil.rmtree(

@@ -16,12 +16,13 @@ from typing import Any
 
 import torch
 
-from rlhf_exp import __version__
+from rlhf_exp import __version__, processes
 from rlhf_exp.artifacts import Store, fingerprint, write_directory, write_json
 from rlhf_exp.choices import require
 from rlhf_exp.config import build
 from rlhf_exp.data.rows import Dataset
 from rlhf_exp.evaluation.scoring import Evaluator, summary
+from rlhf_exp.hardware import Hardware
 from rlhf_exp.policy import Policy
 from rlhf_exp.reference import Reference
 from rlhf_exp.report.text import ROWS, as_table, model_card
@@ -32,6 +33,7 @@ from rlhf_exp.trial import Trial, seed_everything
 logger = logging.getLogger(__name__)
 
 STAGES = ("prepare", "sft", "preferences", "reward", "generate", "merge", "align", "evaluate")
+ALONE = ("prepare", "generate", "merge", "evaluate")  # done by the main process
 
 
 def config_fingerprint(config: dict[str, Any]) -> str:
@@ -105,8 +107,9 @@ class Stages:
         self.store = Store(Path(config["artifacts"]).expanduser().absolute())
         self.data_spec = {"config": config["data"], "files": self.source.identity()}
         self.policy.identity()  # a path that leads nowhere ends the run here
-        self.accelerator = built["hardware"].accelerator()
-        self.device = self.accelerator.device
+        self.hardware: Hardware = built["hardware"]
+        self.device = self.hardware.place()
+        self.hardware.alone()  # until align
         self.fitting = Fitting(
             store=self.store,
             data=lambda: self.data,
@@ -134,7 +137,8 @@ class Stages:
             self.policy.check_prompts(self.data.prompts + self.data.held_out, self.base)
         for name in stages:
             logger.info("stage %s", name)
-            getattr(self, f"run_{name}")()
+            stage = getattr(self, f"run_{name}")
+            processes.first(stage) if name in ALONE else stage()
         write_json(self.directory / "run.json", self.about | {"artifacts": self.store.used})
 
     # ---- what stages hand over
@@ -214,10 +218,15 @@ class Stages:
 
     def _start_samples(self) -> list[tuple[str, str]]:
         """Held-out prompts with completions of the start policy, for score statistics."""
-        self.policy.load(self.start, device=self.device)
-        seed_everything(self.settings.seed)
-        rollouts = self.policy.sample(self.data.held_out[:512])
-        return list(zip(rollouts.prompts, rollouts.completions, strict=True))
+        start = self.start
+
+        def draw() -> list[tuple[str, str]]:
+            self.policy.load(start, device=self.device)
+            seed_everything(self.settings.seed)
+            rollouts = self.policy.sample(self.data.held_out[:512])
+            return list(zip(rollouts.prompts, rollouts.completions, strict=True))
+
+        return processes.first(draw)
 
     # ---- stages
 
@@ -261,10 +270,11 @@ class Stages:
         self.policy.load(self.start, trainable=True, device=self.device)
         self.reward.load(self.device)
         self.gold.load(self.device)
+        accelerator = self.hardware.accelerator()
         trial = Trial(
             directory=self.directory,
             seed=self.config["seed"],
-            accelerator=self.accelerator,
+            accelerator=accelerator,
             reference=Reference(self.policy),
             log=Log(self.directory, self.tracker, show_every=self.config["show_every"]),
             checkpoints=self.checkpoints,
@@ -275,10 +285,10 @@ class Stages:
             labeller=self._loaded_labeller,
         )
         self.checkpoints.open(self.directory)
-        self.tracker.start(self.config, self.directory)
+        trial.log.tracker.start(self.config, self.directory)
         with trial.listening():
             self.algo.run(self.policy, self.reward, self.data, trial)
-        self.tracker.finish()
+        trial.log.tracker.finish()
         folder = self.directory / "policy"
         if not folder.exists():
             write_directory(
@@ -286,6 +296,7 @@ class Stages:
                 lambda f: self.policy.save(f, self._model_card()),
                 {"run": self.about["fingerprint"]},
             )
+        self.hardware.release(accelerator)
 
     def _fit_rewards(self) -> None:
         """Find what the stage reward made, in this run or an earlier one."""

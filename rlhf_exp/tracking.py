@@ -1,7 +1,7 @@
 """What a run leaves behind and what a person sees while it works.
 
 Local files always: metrics.jsonl (one object per step, flat keys), samples.jsonl. A tracker gets
-the same numbers on top.
+the same numbers on top. Of several processes, the main one writes and speaks.
 """
 
 import json
@@ -13,6 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from rlhf_exp import processes
 from rlhf_exp.policy import Rollouts
 
 logger = logging.getLogger(__name__)
@@ -137,7 +138,8 @@ class Log:
         *,
         show_every: int | None,  # null: a sixth of the run
     ) -> None:
-        self.directory, self.tracker, self.show_every = directory, tracker, show_every
+        self.directory, self.show_every = directory, show_every
+        self.tracker = tracker if processes.main() else NoTracker()
         self.bar: tqdm | None = None
         self.shown: dict[str, float] = {}  # what the bar says beside the step
         self.warned: set[str] = set()
@@ -156,6 +158,7 @@ class Log:
             unit="step",
             dynamic_ncols=True,
             mininterval=0.2 if sys.stderr.isatty() else 30,
+            disable=not processes.main(),
         )
 
     def step(
@@ -209,7 +212,8 @@ class Log:
 
     def say(self, text: str) -> None:
         """A line for the person watching, above the progress bar."""
-        tqdm.write(text)
+        if processes.main():
+            tqdm.write(text)
 
     def close(self) -> None:
         if self.bar is not None:
@@ -230,6 +234,8 @@ class Log:
                 )
 
     def _append(self, name: str, rows: list[dict[str, Any]]) -> None:
+        if not processes.main():
+            return
         with (self.directory / name).open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
@@ -251,7 +257,7 @@ def _samples(step: int, rollouts: Rollouts, count: int = 4) -> list[dict[str, An
 
 def _truncate(path: Path, step: int) -> None:
     """Keep the rows of the steps before `step`, and the evaluation made after it."""
-    if not path.exists():
+    if not path.exists() or not processes.main():
         return
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines():

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from rlhf_exp import processes
 from rlhf_exp.checkpoints import Checkpoints, random_state, set_random_state
 from rlhf_exp.evaluation.scoring import Evaluator
 from rlhf_exp.policy import Policy, Rollouts
@@ -95,7 +96,9 @@ class Trial:
     def end_step(self, step: int, policy: Policy, algorithm: Any) -> None:
         """After `step` steps: evaluate and save when due, and stop if a signal came."""
         improved = self.evaluator.due(step, self.steps) and self._evaluate(step, policy)
+        improved = processes.agreed(improved)
         due = self.checkpoints.due(step, self.steps)
+        self.signalled = max(processes.gather(self.signalled))  # it reached one first
         if due or improved or self.signalled:
             state = {
                 "policy": policy.trainable_state(),

@@ -5,19 +5,26 @@ It knows nothing of Hydra. The exit code says how it ended: 0 done, 1 a mistake 
 n stopped by signal n.
 """
 
+import ctypes
 import json
 import logging
 import os
 import signal
 import sys
+import time
+import traceback
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
+from rlhf_exp import processes
+
 
 def work(directory: Path) -> None:
-    """Do the run in this process."""
-    signal.signal(signal.SIGTERM, interrupt)
+    """Do the run in this process, or this process's part of it."""
+    for number in (signal.SIGTERM, signal.SIGQUIT, signal.SIGUSR1):
+        signal.signal(number, interrupt)
     _quiet_libraries()
     _log_to(directory / "run.log")
     from rlhf_exp.run import Stages
@@ -36,16 +43,22 @@ def _quiet_libraries() -> None:
 
 
 def _log_to(path: Path) -> None:
-    """Messages of this package to the screen, as they are, and to `path`, with the time."""
+    """Messages of this package to the screen, as they are, and to `path`, with the time. Of a
+    group, the main process's only, and errors of the others on the screen.
+    """
     logger = logging.getLogger("rlhf_exp")
     logger.setLevel(logging.INFO)
     logger.propagate = False
     for handler in list(logger.handlers):
         logger.removeHandler(handler)
-    screen, file = logging.StreamHandler(sys.stderr), logging.FileHandler(path)
+    screen = logging.StreamHandler(sys.stderr)
     screen.setFormatter(logging.Formatter("%(message)s"))
-    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger.addHandler(screen)
+    if not processes.main():
+        screen.setLevel(logging.ERROR)
+        return
+    file = logging.FileHandler(path)
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger.addHandler(file)
 
 
@@ -66,6 +79,10 @@ def resume(directory: Path) -> None:
         raise ValueError(
             f"resume={directory}: this run is finished; its results are in summary.json"
         )
+    from rlhf_exp.config import build
+
+    hardware = build(config["hardware"], "hardware")
+    os.environ.update(hardware.env())
     from rlhf_exp.run import config_fingerprint
 
     if about.get("fingerprint") != config_fingerprint(config):
@@ -73,34 +90,52 @@ def resume(directory: Path) -> None:
             f"resume={directory}: run.json was edited or comes from elsewhere (its fingerprint "
             "does not fit)"
         )
-    work(directory)
+    hardware.check()
+    hardware.launch(directory, isolated=False)
 
 
-def guarded(call) -> int:
+def guarded(call: Callable[[], object]) -> int:
     """Run `call`; what a person can mend becomes one sentence on stderr. Returns the exit code.
 
-    RLHF_EXP_TRACEBACK=1 shows the whole traceback instead.
+    Of several processes that fail, the first one says why. RLHF_EXP_TRACEBACK=1 shows the whole
+    traceback instead of a sentence.
     """
-    from rlhf_exp.hardware import WorkerFailed
-
     try:
         call()
-    except WorkerFailed as error:
+    except processes.WorkerFailed as error:
         return error.exit_code
     except KeyboardInterrupt:
-        print("interrupted; finished artifacts are kept", file=sys.stderr)
+        if processes.main() and not processes.failed():
+            print("interrupted; finished artifacts are kept", file=sys.stderr)
         return 130
     except (ValueError, OSError, ImportError) as error:
-        if os.environ.get("RLHF_EXP_TRACEBACK") == "1":
-            raise
-        print(f"error: {sentence(error)}", file=sys.stderr)
+        if processes.first_to_fail():
+            if os.environ.get("RLHF_EXP_TRACEBACK") == "1":
+                raise
+            print(f"error: {sentence(error)}", file=sys.stderr)
         return 1
     except Exception as error:
         if hasattr(error, "exit_code"):  # trial.Stopped
-            print(error, file=sys.stderr)
+            if processes.main():
+                print(error, file=sys.stderr)
             return error.exit_code  # type: ignore[attr-defined]
-        raise
+        if not processes.joined():
+            raise
+        return _died()
     return 0
+
+
+def _died() -> int:
+    """The exit code of a process of a group with an error that nobody expected. If it is only
+    that another one vanished, the launcher ends this one before its patience does.
+    """
+    try:
+        time.sleep(processes.PATIENCE)
+    except KeyboardInterrupt:
+        return 130
+    if processes.first_to_fail():
+        traceback.print_exc()
+    return 1
 
 
 def sentence(error: Exception) -> str:
@@ -114,13 +149,26 @@ def sentence(error: Exception) -> str:
 
 
 def interrupt(_number: int, _frame: FrameType | None) -> None:
-    """Let SIGTERM end a stage as Ctrl-C does: half-made artifacts are removed."""
+    """Let a signal end a stage as Ctrl-C does: half-made artifacts are removed."""
     raise KeyboardInterrupt
+
+
+def die_with_parent() -> None:
+    """Be sent SIGTERM when the process that started this one ends, however it ends (Linux)."""
+    if sys.platform == "linux":
+        set_death_signal = 1  # PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(set_death_signal, signal.SIGTERM)
 
 
 def main() -> None:
     """The process that `Hardware.launch` starts."""
-    sys.exit(guarded(lambda: work(Path(sys.argv[1]))))
+    die_with_parent()
+    processes.leave(guarded(_join_and_work))
+
+
+def _join_and_work() -> None:
+    processes.join()
+    work(Path(sys.argv[1]))
 
 
 if __name__ == "__main__":

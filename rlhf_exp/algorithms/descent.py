@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlhf_exp.hardware.engine import Engine
+
 
 @dataclass
 class Group:
@@ -38,7 +40,12 @@ class Descent:
             fused=True,
         )
         self.accelerator, self.max_grad_norm = accelerator, max_grad_norm
-        self.module, self.optimizer = accelerator.prepare(module, optimizer)
+        self.engine: Engine | None = None
+        if accelerator.distributed_type == "DEEPSPEED":
+            self.engine = Engine(accelerator, module, optimizer, max_grad_norm)
+            self.module, self.optimizer = self.engine.module, self.engine.wrapper
+        else:
+            self.module, self.optimizer = accelerator.prepare(module, optimizer)
         self.trained = [p for group in groups for p in group.parameters]
         self.rates = [group.lr for group in groups]
         self.skipped = 0  # steps not taken
@@ -50,12 +57,16 @@ class Descent:
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of `loss`."""
-        self.accelerator.backward(loss)
+        (self.engine or self.accelerator).backward(loss)
 
     def step(self, *, hold: bool = False) -> tuple[float, bool]:
         """One step down the gradients, unless they are not finite or `hold` says no; returns their
         norm and whether it is finite.
         """
+        if self.engine is not None:
+            norm, finite = self.engine.step(hold=hold)
+            self.skipped += hold or not finite
+            return norm, finite
         limit = float("inf") if self.max_grad_norm is None else self.max_grad_norm
         norm = self.accelerator.clip_grad_norm_(self.trained, limit)
         finite = bool(torch.isfinite(norm))
@@ -68,9 +79,13 @@ class Descent:
 
     def state(self) -> dict[str, Any]:
         """Optimizer state and count of skipped steps."""
-        return {"optimizer": self.optimizer.state_dict(), "skipped": self.skipped}
+        optimizer = self.optimizer.state_dict() if self.engine is None else self.engine.state()
+        return {"optimizer": optimizer, "skipped": self.skipped}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue from what `state` gave."""
-        self.optimizer.load_state_dict(state["optimizer"])
+        if self.engine is None:
+            self.optimizer.load_state_dict(state["optimizer"])
+        else:
+            self.engine.load_state(state["optimizer"])
         self.skipped = state["skipped"]

@@ -1,0 +1,174 @@
+"""Optimizer steps through an engine of DeepSpeed: any number of backward passes, then a step.
+
+The engine averages gradients over the processes, clips by the norm of all of them, and takes no
+step where that norm is not finite. State is saved whole, in the form of torch's own AdamW, so that
+any number of processes, any stage and plain hardware continue from it.
+
+Left out: fp16, whose loss scaler has a state of its own, and several engines in one process.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_exp import processes
+
+MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's
+
+
+class Engine:
+    """`module` and AdamW `optimizer` as one engine; every process calls everything, as often as
+    the others do.
+    """
+
+    def __init__(
+        self, accelerator: Any, module: nn.Module, optimizer: Any, max_grad_norm: float | None
+    ) -> None:
+        self.parameters: list[nn.Parameter] = [
+            p for group in optimizer.param_groups for p in group["params"]
+        ]
+        self.sizes = [len(group["params"]) for group in optimizer.param_groups]
+        config = accelerator.deepspeed_plugin.deepspeed_config
+        config["gradient_clipping"] = max_grad_norm or 0.0
+        config["managed_gradient_accumulation"] = False  # step() is when it is called
+        self.module, self.wrapper = accelerator.prepare(module, optimizer)
+        self.optimizer = self.wrapper.optimizer  # DeepSpeed's, around torch's
+        self.sharded = accelerator.deepspeed_plugin.zero_stage == 3
+        self.reloaded = False  # weights were loaded since the last step
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of `loss`, averaged over the processes."""
+        self.module.backward(loss)
+
+    def step(self, *, hold: bool = False) -> tuple[float, bool]:
+        """As `Descent.step`."""
+        if self.reloaded:
+            self.optimizer.refresh_fp32_params()
+            self.reloaded = False
+        with _refusing(self.optimizer) if hold else nullcontext([]) as norms:
+            self.module.step()
+        norm = float(norms[0] if hold else self.module.get_global_grad_norm())
+        finite = math.isfinite(norm) and norm >= 0  # DeepSpeed says -1 for some that are not
+        return norm if finite else 0.0, finite
+
+    # ---- resume
+
+    @property
+    def _adam(self) -> Any:
+        return self.optimizer.optimizer
+
+    @property
+    def _flat(self) -> list[Tensor]:
+        """The fp32 weights that this process updates, as torch's optimizer knows them."""
+        if self.sharded:
+            return self.optimizer.fp32_partitioned_groups_flat
+        return self.optimizer.single_partition_of_fp32_groups
+
+    def state(self) -> dict[str, Any]:
+        """What the state_dict of torch's AdamW would be in one process."""
+        state: dict[int, dict[str, Tensor]] = {}
+        if self._adam.state:
+            self._link()
+            step = torch.as_tensor(self._adam.state[self._flat[0]]["step"]).cpu()
+            for i, parameter in enumerate(self.parameters):
+                moments = {name: self._get(parameter, name) for name in MOMENTS}
+                state[i] = {"step": step.clone()} | moments
+        return {"state": state, "param_groups": self._groups()}
+
+    def _groups(self) -> list[dict[str, Any]]:
+        ends = torch.tensor([0, *self.sizes]).cumsum(0).tolist()
+        return [
+            {k: v for k, v in group.items() if k != "params"} | {"params": list(range(a, b))}
+            for group, a, b in zip(self._adam.param_groups, ends, ends[1:], strict=False)
+        ]
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Continue from what `state` gave, here or elsewhere; weights are loaded before the next
+        step.
+        """
+        self.reloaded = True
+        for group, saved in zip(self._adam.param_groups, state["param_groups"], strict=True):
+            group |= {k: v for k, v in saved.items() if k != "params"}
+        if not state["state"]:
+            return
+        for flat in self._flat:
+            step = state["state"][0]["step"].clone().to(flat.device)
+            self._adam.state[flat] = {"step": step}
+            self._adam.state[flat] |= {name: torch.zeros_like(flat) for name in MOMENTS}
+        self._link()
+        for i, parameter in enumerate(self.parameters):
+            for name in MOMENTS:
+                self._put(parameter, state["state"][i][name].to(parameter.device), name)
+
+    def _link(self) -> None:
+        """Let parameters find their moments: stages 1 and 2 do so for the first group only."""
+        if not self.sharded:
+            self.optimizer._hp_optimizer_states_linked = False
+            self.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _get(self, parameter: Any, name: str) -> Tensor:
+        """The whole moment `name` of a parameter."""
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        found = safe_get_full_optimizer_state(parameter, name)
+        assert found is not None, f"DeepSpeed keeps no {name} of a trained parameter"
+        return found.cpu().clone()
+
+    def _put(self, parameter: Any, value: Tensor, name: str) -> None:
+        """Keep this process's part of the moment `name`."""
+        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
+
+        if not self.sharded:
+            safe_set_full_optimizer_state(parameter, value, name)
+            return
+        size, rank = parameter.ds_tensor.numel(), processes.rank()
+        padded = nn.functional.pad(value.flatten(), (0, size * processes.count() - value.numel()))
+        safe_set_local_optimizer_state(parameter, padded[rank * size : (rank + 1) * size], name)
+
+
+@contextmanager
+def _refusing(optimizer: Any) -> Iterator[list[Tensor]]:
+    """DeepSpeed's optimizer takes gradients for not finite and drops them, in this block, which
+    gets their norm.
+    """
+    from deepspeed.runtime.utils import combine_grad_norm_groups
+
+    by_group = hasattr(optimizer, "_get_norm_groups")
+    name = "_get_norm_groups" if by_group else "scaled_global_norm"
+    measure, norms = getattr(optimizer, name), []
+
+    def refuse() -> Any:
+        found = measure()
+        norms.append(combine_grad_norm_groups(found) if by_group else found)
+        return [torch.tensor(math.inf)] if by_group else torch.tensor(math.inf)
+
+    setattr(optimizer, name, refuse)
+    try:
+        yield norms
+    finally:
+        delattr(optimizer, name)
+
+
+@contextmanager
+def whole(module: Any) -> Iterator[None]:
+    """Every process holds all weights of the engine `module`, in this block: to sample by its inner
+    model, or to read or load weights. Changes that all processes make alike are kept.
+
+    Under ZeRO-3 only; elsewhere weights are whole.
+    """
+    if not (hasattr(module, "zero_optimization_stage") and module.zero_optimization_stage() == 3):
+        yield
+        return
+    import deepspeed
+    from trl.models.utils import add_hooks, remove_hooks
+
+    with deepspeed.zero.GatheredParameters(list(module.parameters()), modifier_rank=0):
+        remove_hooks(module)
+        try:
+            yield
+        finally:
+            add_hooks(module)
