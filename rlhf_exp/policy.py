@@ -7,7 +7,8 @@ explicit: padding never moves a token.
 Left out: encoder-decoder policies, and generation on another server.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf_exp import tokens, weights
+from rlhf_exp import processes, tokens, weights
 from rlhf_exp.artifacts import Store, write_json
 from rlhf_exp.choices import require
 
@@ -108,6 +109,38 @@ def micro_batches(rollouts: Rollouts, rows: Tensor, token_budget: int) -> Iterat
         start = end
 
 
+def divided_batches(
+    rollouts: Rollouts, rows: Tensor, token_budget: int
+) -> Iterator[tuple[Batch, float]]:
+    """This process's part of the micro-batches of `rows`, each with what it counts: 1, or 0 where
+    it only stands in, so that all processes ask the model equally often, as ZeRO-3 wants it.
+    """
+    everyone = range(processes.count())
+    parts = [
+        list(micro_batches(rollouts, rows[r :: len(everyone)], token_budget)) for r in everyone
+    ]
+    own = parts[processes.rank()]
+    for i in range(max(map(len, parts))):
+        yield (own[i], 1.0) if i < len(own) else ((own or parts[0])[0], 0.0)
+
+
+@torch.no_grad()
+def by_token(
+    rollouts: Rollouts, token_budget: int, ask: Callable[[Batch], tuple[Tensor, ...]]
+) -> list[Tensor]:
+    """What `ask` says of the response tokens of a micro-batch ([b, r], some of them), for all
+    rollouts: [n, R] each, zero elsewhere. The processes divide the work, and each gets the whole.
+    """
+    found: list[Tensor] = []
+    for batch, counts in divided_batches(rollouts, torch.arange(len(rollouts)), token_budget):
+        parts = ask(batch)
+        found = found or [torch.zeros_like(rollouts.response) for _ in parts]
+        mask = rollouts.response[batch.rows, : batch.length] * counts
+        for whole, part in zip(found, parts, strict=True):
+            whole[batch.rows, : batch.length] += part * mask
+    return [processes.total(whole) for whole in found]
+
+
 def cut(rollouts: Rollouts, rows: list[int] | Tensor) -> Batch:
     """The rollouts at `rows`, padded to the longest prompt and response among them only."""
     picked = torch.as_tensor(rows, device=rollouts.ids.device)
@@ -133,6 +166,20 @@ def response_logits(
     )
     states = out.hidden_states[-1][:, -batch.length - 1 : -1] if hidden else None
     return out.logits[:, :-1], states
+
+
+@contextmanager
+def _own_randomness(device: torch.device) -> Iterator[None]:
+    """Of several processes, each draws other numbers in this block, and all draw the same ones
+    again after it.
+    """
+    if processes.count() == 1:
+        yield
+        return
+    seed = int(torch.randint(2**62, ()))
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed + processes.rank())
+        yield
 
 
 @dataclass(kw_only=True)
@@ -195,6 +242,8 @@ class Policy:
             )
 
         self.control: list[int] = []  # ids of tokens that steer and are never sampled
+        # a block in which this process holds all the weights, where several divide them
+        self.whole: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     def require_plain_sampling(self, who: str) -> None:
         """Refuse transforms that sample from another distribution than the scored one.
@@ -283,17 +332,26 @@ class Policy:
 
     @torch.no_grad()
     def sample(self, prompts: list[str], n: int = 1) -> Rollouts:
-        """Draw `n` completions of every prompt; the copies of a prompt lie side by side."""
+        """Draw `n` completions of every prompt; the copies of a prompt lie side by side. Each
+        process draws a part, and gets the whole.
+        """
         repeated = [p for p in prompts for _ in range(n)]
         encoded = self.encode(repeated)
+        with self.whole(), _own_randomness(self.device):
+            mine = self._responses(encoded[processes.share(len(encoded))])
+        return self.assemble(repeated, [r for part in processes.gather(mine) for r in part])
+
+    def _responses(self, encoded: list[list[int]]) -> list[list[int]]:
+        """A response to each prompt (token ids, with the end of text where there is one)."""
+        if not encoded:
+            return []
         width = max(map(len, encoded))
         pieces = [
             self._generate(encoded[i : i + self.sample_batch], width)
             for i in range(0, len(encoded), self.sample_batch)
         ]
         end = self.tokenizer.eos_token_id
-        responses = [tokens.until(row[width:], end) for piece in pieces for row in piece.tolist()]
-        return self.assemble(repeated, responses)
+        return [tokens.until(row[width:], end) for piece in pieces for row in piece.tolist()]
 
     def assemble(
         self, prompts: list[str], responses: list[list[int]], prefixes: list[str] | None = None
@@ -339,9 +397,12 @@ class Policy:
 
     def trainable_state(self) -> dict[str, Tensor]:
         """Detached copies of the parameters that training changes."""
-        return {
-            k: p.detach().cpu().clone() for k, p in self.model.named_parameters() if p.requires_grad
-        }
+        with self.whole():
+            return {
+                k: p.detach().cpu().clone()
+                for k, p in self.model.named_parameters()
+                if p.requires_grad
+            }
 
     def load_trainable_state(self, state: dict[str, Tensor]) -> None:
         own = {k: p for k, p in self.model.named_parameters() if p.requires_grad}
@@ -350,7 +411,7 @@ class Policy:
             raise ValueError(
                 f"the checkpoint was made by another policy: it disagrees on the parameter {odd}"
             )
-        with torch.no_grad():
+        with torch.no_grad(), self.whole():
             for name, parameter in own.items():
                 parameter.copy_(state[name])
 

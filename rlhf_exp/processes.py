@@ -226,6 +226,15 @@ def gather(value: T) -> list[T]:
     return found
 
 
+def total(values: Any) -> Any:
+    """The sum of a tensor over the processes, in place."""
+    if count() > 1:
+        from torch import distributed
+
+        distributed.all_reduce(values)
+    return values
+
+
 def share(items: int) -> slice:
     """This process's contiguous part of `items` things; parts differ by one at most."""
     return slice(rank() * items // count(), (rank() + 1) * items // count())

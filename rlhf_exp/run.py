@@ -23,6 +23,7 @@ from rlhf_exp.config import build
 from rlhf_exp.data.rows import Dataset
 from rlhf_exp.evaluation.scoring import Evaluator, summary
 from rlhf_exp.hardware import Hardware
+from rlhf_exp.hardware.engine import whole
 from rlhf_exp.policy import Policy
 from rlhf_exp.reference import Reference
 from rlhf_exp.report.text import ROWS, as_table, model_card
@@ -271,6 +272,7 @@ class Stages:
         self.reward.load(self.device)
         self.gold.load(self.device)
         accelerator = self.hardware.accelerator()
+        self.policy.whole = lambda: whole(accelerator)
         trial = Trial(
             directory=self.directory,
             seed=self.config["seed"],

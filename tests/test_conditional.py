@@ -68,6 +68,7 @@ def ready(room: Lab, algorithm: Conditional, data: Dataset = DATA) -> Conditiona
     algorithm.check(room.policy, data)
     algorithm.setup(room.policy, room.reward, data, room.trial)
     algorithm._add_tokens()
+    algorithm.prepare()
     return algorithm
 
 
@@ -504,6 +505,7 @@ def test_the_next_iteration_does_not_nest_its_labels(lab: MakeLab, tmp_path: Pat
     assert (again.prefix, again.plain) == ("Good. input: ", "")
     algorithm = alt()
     algorithm.setup(again, room.reward, DATA, room.trial)
+    algorithm.prepare()
     assert algorithm._before("Good.") == "Good. input: "
 
 

@@ -94,6 +94,7 @@ def learner(room: Any, **settings: Any) -> tuple[Imitation, Examples]:
     """An imitator with a few completions of the toy policy to imitate."""
     algorithm = Imitation(steps=1, batch=1, minibatch=18, **({"lr": 3e-3} | settings))
     algorithm.setup(room.policy, room.reward, cast(Any, None), room.trial)
+    algorithm.prepare()
     rollouts = room.policy.sample(PROMPTS, 2)
     return algorithm, Examples(rollouts, torch.ones(len(rollouts)))
 
@@ -173,7 +174,7 @@ def test_gradients_that_are_not_finite_end_the_step_in_words(lab: MakeLab) -> No
         algorithm.imitate(examples, 2)
     assert algorithm.descent.skipped == 2
     examples.weights[:] = 1.0
-    algorithm.restart()
+    algorithm.descent.restart()
     metrics = algorithm.imitate(examples, 2)
     assert metrics["imitation/skipped_updates"] == 2, "of the run, not of the present optimizer"
     assert "imitation/kl" not in metrics, "nobody measured it"

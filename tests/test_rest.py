@@ -41,6 +41,7 @@ def rest(**changes: Any) -> ReST:
 
 def ready(room: Lab, algorithm: ReST, data: Dataset = DATA) -> ReST:
     algorithm.setup(room.policy, room.reward, data, room.trial)
+    algorithm.prepare()
     return algorithm
 
 

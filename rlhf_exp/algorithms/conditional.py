@@ -142,13 +142,13 @@ class Conditional(Imitation):
         """
         if self.missing:
             self.policy.add_control_tokens(self.missing, self.token_start)
-            self.restart()  # the embeddings are other parameters now
         self.missing = []
 
     # ---- one step
 
     def learn(self, rollouts: Rollouts, step: int) -> dict[str, float]:
         self._add_tokens()
+        self.prepare()
         # 1. the pool forgets, and takes in what could be judged
         metrics = self._collect(rollouts, step)
         # 2. every row is labelled anew, and some are chosen
@@ -156,7 +156,7 @@ class Conditional(Imitation):
         rows = self._chosen(ranks)
         # 3. imitate the chosen ones behind their labels
         if self.restart_optimizer:
-            self.restart()
+            self.descent.restart()
         updates = self.updates
         if updates is None:
             assert self.epochs is not None

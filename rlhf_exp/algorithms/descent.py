@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlhf_exp import processes
 from rlhf_exp.hardware.engine import Engine
 
 
@@ -56,8 +57,15 @@ class Descent:
             group["lr"] = factor * lr
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradients of `loss`."""
-        (self.engine or self.accelerator).backward(loss)
+        """Add the gradients of `loss`, of which every process has its summand."""
+        (self.engine or self.accelerator).backward(loss * processes.count())  # they are averaged
+
+    def restart(self) -> None:
+        """Forget what the optimizer remembers of earlier gradients."""
+        if self.engine is not None:
+            self.engine.restart()
+        else:
+            self.optimizer.state.clear()
 
     def step(self, *, hold: bool = False) -> tuple[float, bool]:
         """One step down the gradients, unless they are not finite or `hold` says no; returns their
@@ -89,3 +97,10 @@ class Descent:
         else:
             self.engine.load_state(state["optimizer"])
         self.skipped = state["skipped"]
+
+
+def over_processes(sums: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Sums [] that every process has of its part, over all parts."""
+    if processes.count() == 1:
+        return sums
+    return dict(zip(sums, processes.total(torch.stack(list(sums.values()))), strict=True))

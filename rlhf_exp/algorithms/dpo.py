@@ -34,7 +34,7 @@ from rlhf_exp.policy import (
     Batch,
     Policy,
     Rollouts,
-    micro_batches,
+    by_token,
     response_logits,
 )
 from rlhf_exp.preferences import paired, wins
@@ -301,12 +301,12 @@ class DPO(TrainerAlgorithm):
 @torch.no_grad()
 def sequence_logprobs(ask: Callable[[Batch], Tensor], rollouts: Rollouts) -> Tensor:
     """Log-probability of each response [n], from logits [b, r, v] of its micro-batches."""
-    found = torch.zeros(len(rollouts), device=rollouts.ids.device)
-    for batch in micro_batches(rollouts, torch.arange(len(rollouts)), MAX_ROLLOUT_TOKENS):
-        mask = rollouts.response[batch.rows, : batch.length]
-        logprobs = losses.selective_log_softmax(ask(batch), batch.response_ids)
-        found[batch.rows] = (logprobs * mask).sum(1)
-    return found.cpu()
+
+    def logprobs(batch: Batch) -> tuple[Tensor]:
+        return (losses.selective_log_softmax(ask(batch), batch.response_ids),)
+
+    (found,) = by_token(rollouts, MAX_ROLLOUT_TOKENS, logprobs)
+    return found.sum(1).cpu()
 
 
 def _rows(policy: Policy, rollouts: Rollouts, pairs: list[tuple[int, int]]) -> list[Row]:

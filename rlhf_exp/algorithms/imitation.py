@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rlhf_exp import losses, weights
-from rlhf_exp.algorithms.descent import Descent, Group
+from rlhf_exp.algorithms.descent import Descent, Group, over_processes
 from rlhf_exp.algorithms.online import Online
 from rlhf_exp.choices import require
 from rlhf_exp.data.rows import Dataset
@@ -26,7 +26,7 @@ from rlhf_exp.policy import (
     Policy,
     Rollouts,
     cut,
-    micro_batches,
+    divided_batches,
     response_logits,
 )
 from rlhf_exp.reference import Reference
@@ -125,14 +125,13 @@ class Imitation(Online):
     def setup(self, policy: Policy, reward: Any, data: Dataset, trial: Trial) -> None:
         self.policy, self.reward, self.trial = policy, reward, trial
         self.reference: Reference = trial.reference
-        self.skipped = 0  # optimizer steps not taken before the present optimizer
-        self.restart()
 
-    def restart(self) -> None:
-        """A fresh optimizer on the policy as it is."""
-        self.trial.accelerator.free_memory()  # or it keeps the optimizer before, moments and all
+    def prepare(self) -> None:
+        """Make the optimizer. That waits for the first step, when the policy has all its
+        parameters.
+        """
         if hasattr(self, "descent"):
-            self.skipped += self.descent.skipped
+            return
         trained = [p for p in self.policy.model.parameters() if p.requires_grad]
         rows = [p for p in trained if weights.trains_rows(p)]  # decay would reach the other rows
         whole = [p for p in trained if not weights.trains_rows(p)]
@@ -208,7 +207,7 @@ class Imitation(Online):
             "imitation/updates": float(updates),
             "kl/coef": self.kl_coef,
             "imitation/entropy_coef": self.entropy_coef,
-            "imitation/skipped_updates": float(self.skipped + self.descent.skipped),
+            "imitation/skipped_updates": float(self.descent.skipped),
         }
 
     def _schedule(self, step: int, total: int) -> float:
@@ -221,7 +220,7 @@ class Imitation(Online):
         rollouts = examples.rollouts
         count = rollouts.response[rows].sum().clamp(min=1)
         sums: dict[str, Tensor] = {}
-        for batch in micro_batches(rollouts, rows, self.token_budget):
+        for batch, counts in divided_batches(rollouts, rows, self.token_budget):
             mask = rollouts.response[batch.rows, : batch.length]
             terms = self._terms(examples, batch)
             weighted = terms["nll"] * examples.weights[batch.rows, None]
@@ -230,12 +229,13 @@ class Imitation(Online):
                 loss = loss + self.kl_coef * terms["kl"]
             if "entropy" in terms:
                 loss = loss - self.entropy_coef * terms["entropy"]
-            self.descent.backward((loss * mask).sum() / count)
+            self.descent.backward((loss * mask).sum() / count * counts)
             terms["loss"] = loss
             sums = {
-                k: sums.get(k, torch.zeros(())) + (v.detach() * mask).sum()
+                k: sums.get(k, torch.zeros(())) + (v.detach() * mask).sum() * counts
                 for k, v in terms.items()
             }
+        sums = over_processes(sums)
         norm, finite = self.descent.step()
         stats = {k: float(v / count) for k, v in sums.items()}
         if not finite:
@@ -287,9 +287,9 @@ class Imitation(Online):
 
     def state(self) -> dict[str, Any]:
         coefs = {"kl_coef": self.kl_coef, "entropy_coef": self.entropy_coef}
-        return self.descent.state() | coefs | {"skipped_before": self.skipped}
+        return self.descent.state() | coefs
 
     def load_state(self, state: dict[str, Any]) -> None:
+        self.prepare()
         self.descent.load_state(state)
         self.kl_coef, self.entropy_coef = state["kl_coef"], state["entropy_coef"]
-        self.skipped = state["skipped_before"]

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf_exp import losses
-from rlhf_exp.algorithms.descent import Descent, Group
+from rlhf_exp import losses, processes
+from rlhf_exp.algorithms.descent import Descent, Group, over_processes
 from rlhf_exp.algorithms.online import Online
 from rlhf_exp.algorithms.scaling import ScoreScaling, apply_missing_eos
 from rlhf_exp.choices import require
@@ -26,7 +26,8 @@ from rlhf_exp.policy import (
     Batch,
     Policy,
     Rollouts,
-    micro_batches,
+    by_token,
+    divided_batches,
     response_logits,
 )
 from rlhf_exp.trial import Trial
@@ -223,13 +224,16 @@ class PPO(Online):
     @torch.no_grad()
     def look_back(self, rollouts: Rollouts) -> Experience:
         """Log-probs, values and KL of every response token under the policy as it is now."""
-        logprobs, values, kl, log_ratio = (torch.zeros_like(rollouts.response) for _ in range(4))
         temperature = self.policy.temperature
-        batches = list(micro_batches(rollouts, torch.arange(len(rollouts)), self.token_budget))
         # Where one forward pass covers all rollouts and the minibatch is all of them, it is also
         # the forward pass of the first update: keep its graph.
-        reusable = len(batches) == 1 and self.minibatch == len(rollouts)
-        for batch in batches:
+        reusable = (
+            processes.count() == 1
+            and rollouts.mask.numel() <= self.token_budget
+            and self.minibatch == len(rollouts)
+        )
+
+        def ask(batch: Batch) -> tuple[Tensor, ...]:
             with torch.set_grad_enabled(reusable):
                 output = self.descent.module(batch)
             self.kept_forward = output if reusable else None
@@ -241,15 +245,9 @@ class PPO(Online):
                 penalty = losses.full_kl(logits, ref_logits, temperature)
             else:
                 penalty = losses.kl_estimate(new, ref, self.kl_estimator)
-            for whole, part in (
-                (logprobs, new),
-                (values, value),
-                (kl, penalty),
-                (log_ratio, new - ref),
-            ):
-                whole[batch.rows, : batch.length] = (
-                    part * rollouts.response[batch.rows, : batch.length]
-                )
+            return new, value, penalty, new - ref
+
+        logprobs, values, kl, log_ratio = by_token(rollouts, self.token_budget, ask)
         if not kl.isfinite().all():
             raise ValueError(
                 "the KL to the reference is no longer finite: start again with a lower algo.lr, or "
@@ -303,10 +301,11 @@ class PPO(Online):
             advantages[rows] = losses.whiten(advantages[rows], mask)
         count = mask.sum().clamp(min=1)
         sums: dict[str, Tensor] = {}
-        for batch in micro_batches(rollouts, rows, self.token_budget):
+        for batch, counts in divided_batches(rollouts, rows, self.token_budget):
             loss, stats = self._token_sums(rollouts, experience, advantages, batch)
-            self.descent.backward(loss / count)
-            sums = {k: sums.get(k, torch.zeros(())) + v for k, v in stats.items()}
+            self.descent.backward(loss / count * counts)
+            sums = {k: sums.get(k, torch.zeros(())) + v * counts for k, v in stats.items()}
+        sums = over_processes(sums)
         ratio_error = float(sums.pop("ppo/ratio_error"))
         stats = {k: float(v / count) for k, v in sums.items()}
         guarded = self.ratio_guard is not None and stats["ppo/ratio"] > self.ratio_guard

@@ -147,6 +147,7 @@ class ReST(Imitation):
     # ---- one Grow and its Improve steps
 
     def learn(self, rollouts: Rollouts, step: int) -> dict[str, float]:
+        self.prepare()
         self._grow(rollouts, step)
         if self.kl_coef:
             self.reference = Reference(self.policy, apart=True)  # the behavior policy
@@ -157,7 +158,7 @@ class ReST(Imitation):
             if len(rows) == 0:
                 self._nothing_passes(number, level)
                 break
-            self.restart()
+            self.descent.restart()
             found = self._improve(rows, self.lr_decay ** (number - 1))
             metrics |= found | {f"rest/lr/{number}": found["imitation/lr"]}
             metrics[f"rest/nll/{number}"] = found["imitation/nll"]

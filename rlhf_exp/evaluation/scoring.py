@@ -18,10 +18,11 @@ from rlhf_exp.artifacts import write_json
 from rlhf_exp.evaluation.toxicity import expected_maximum_toxicity, toxicity_probability
 from rlhf_exp.policy import (
     MAX_ROLLOUT_TOKENS,
+    Batch,
     Policy,
     Rollouts,
+    by_token,
     cut,
-    micro_batches,
     response_logits,
 )
 from rlhf_exp.reference import Reference
@@ -124,8 +125,8 @@ def against_reference(
     if policy.prefix != reference.prefix:
         before = [reference.prefix] * len(rollouts)
         asked = policy.assemble(rollouts.prompts, rollouts.responses(), before)
-    found, nll = torch.zeros_like(rollouts.response), torch.zeros_like(rollouts.response)
-    for batch in micro_batches(rollouts, torch.arange(len(rollouts)), MAX_ROLLOUT_TOKENS):
+
+    def ask(batch: Batch) -> tuple[torch.Tensor, ...]:
         logits = losses.without(response_logits(policy.model, batch)[0], policy.control)
         ref_batch = batch if asked is rollouts else cut(asked, batch.rows)
         ref_logits = losses.without(reference.logits(ref_batch), policy.control)
@@ -133,10 +134,9 @@ def against_reference(
             losses.selective_log_softmax(x, batch.response_ids, policy.temperature)
             for x in (logits, ref_logits)
         )
-        mask = rollouts.response[batch.rows, : batch.length]
-        found[batch.rows, : batch.length] = (new - ref) * mask
-        plain = losses.selective_log_softmax(ref_logits, batch.response_ids)
-        nll[batch.rows, : batch.length] = -plain * mask
+        return new - ref, -losses.selective_log_softmax(ref_logits, batch.response_ids)
+
+    found, nll = by_token(rollouts, MAX_ROLLOUT_TOKENS, ask)
     return found.cpu(), (nll.sum(1) / rollouts.response.sum(1).clamp(min=1)).cpu()
 
 

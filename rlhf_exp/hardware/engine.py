@@ -55,6 +55,13 @@ class Engine:
         finite = math.isfinite(norm) and norm >= 0  # DeepSpeed says -1 for some that are not
         return norm if finite else 0.0, finite
 
+    def restart(self) -> None:
+        """As `Descent.restart`; weights may have been put back, too."""
+        self.reloaded = True
+        for moments in self._adam.state.values():
+            for value in moments.values():
+                value.zero_()
+
     # ---- resume
 
     @property

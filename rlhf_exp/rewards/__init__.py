@@ -13,6 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from rlhf_exp import processes
 from rlhf_exp.artifacts import Store
 from rlhf_exp.data.rows import Dataset
 from rlhf_exp.policy import Policy, Rollouts
@@ -93,7 +94,24 @@ class Scores:
 
 
 def score(reward: Any, prompts: list[str], completions: list[str], name: str = "reward") -> Scores:
-    """Ask `reward` once; ValueError if the answer is not one finite number per completion."""
+    """Ask `reward` once; ValueError if the answer is not one finite number per completion. Each
+    process asks about a part, and gets the whole.
+    """
+    if processes.count() == 1 or not completions:
+        return _score(reward, prompts, completions, name)
+    part = processes.share(len(completions))
+    asked = prompts[part], completions[part]
+    mine = _score(reward, *asked, name) if asked[0] else None
+    found = [scores for scores in processes.gather(mine) if scores is not None]
+
+    def joined(of: Callable[[Scores], dict[str, Tensor]]) -> dict[str, Tensor]:
+        return {k: torch.cat([of(scores)[k] for scores in found]) for k in of(found[0])}
+
+    objective = torch.cat([scores.objective for scores in found])
+    return Scores(objective, joined(lambda s: s.members), joined(lambda s: s.facets))
+
+
+def _score(reward: Any, prompts: list[str], completions: list[str], name: str) -> Scores:
     more = facets([reward], prompts, completions)
     if isinstance(reward, HasMembers):
         members = {
