@@ -23,6 +23,7 @@ from rlhf_exp.config import build
 from rlhf_exp.data.rows import Dataset
 from rlhf_exp.evaluation.scoring import Evaluator, summary
 from rlhf_exp.hardware import Hardware
+from rlhf_exp.hardware.engine import whole
 from rlhf_exp.policy import Policy
 from rlhf_exp.reference import Reference
 from rlhf_exp.report.text import ROWS, as_table, model_card
@@ -292,11 +293,12 @@ class Stages:
         trial.log.tracker.finish()
         folder = self.directory / "policy"
         if not folder.exists():
-            write_directory(
-                folder,
-                lambda f: self.policy.save(f, self._model_card()),
-                {"run": self.about["fingerprint"]},
-            )
+            with whole(accelerator):
+                write_directory(
+                    folder,
+                    lambda f: self.policy.save(f, self._model_card()),
+                    {"run": self.about["fingerprint"]},
+                )
         self.hardware.release(accelerator)
 
     def _fit_rewards(self) -> None:
