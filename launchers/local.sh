@@ -15,5 +15,8 @@ python -m rlhf_exp -m reward=pairwise,ensemble seed='range(5)'
 # Your own prompts on a real model; gold is a sentiment lexicon.
 #   python -m rlhf_exp policy=smollm2_135m data=local data.prompts=prompts.jsonl
 
+# Several processes on this machine, started here: DeepSpeed ZeRO on two GPUs (or two CPU processes, where there is none).
+#   python -m rlhf_exp hardware=zero2 hardware.processes=2
+
 # Continue what was interrupted.
 #   python -m rlhf_exp resume=multirun/<date>/<time>/0

@@ -293,11 +293,12 @@ class Stages:
         trial.log.tracker.finish()
         folder = self.directory / "policy"
         if not folder.exists():
-            write_directory(
-                folder,
-                lambda f: self.policy.save(f, self._model_card()),
-                {"run": self.about["fingerprint"]},
-            )
+            with whole(accelerator):
+                write_directory(
+                    folder,
+                    lambda f: self.policy.save(f, self._model_card()),
+                    {"run": self.about["fingerprint"]},
+                )
         self.hardware.release(accelerator)
 
     def _fit_rewards(self) -> None:

@@ -20,6 +20,7 @@ import torch
 from rlhf_exp import processes
 from rlhf_exp.checkpoints import Checkpoints, random_state, set_random_state
 from rlhf_exp.evaluation.scoring import Evaluator
+from rlhf_exp.hardware.engine import whole
 from rlhf_exp.policy import Policy, Rollouts
 from rlhf_exp.reference import Reference
 from rlhf_exp.tracking import Log
@@ -78,8 +79,9 @@ class Trial:
             return 0
         step, state = found
         self.log.begin(step, steps)
-        algorithm.load_state(state["algorithm"])  # may make room in the policy, so it comes first
-        policy.load_trainable_state(state["policy"])
+        with whole(self.accelerator):
+            algorithm.load_state(state["algorithm"])  # may make room in the policy: first
+            policy.load_trainable_state(state["policy"])
         set_random_state(state["random"])
         return step
 
@@ -100,11 +102,12 @@ class Trial:
         due = self.checkpoints.due(step, self.steps)
         self.signalled = max(processes.gather(self.signalled))  # it reached one first
         if due or improved or self.signalled:
-            state = {
-                "policy": policy.trainable_state(),
-                "algorithm": algorithm.state(),
-                "random": random_state(),
-            }
+            with whole(self.accelerator):
+                state = {
+                    "policy": policy.trainable_state(),
+                    "algorithm": algorithm.state(),
+                    "random": random_state(),
+                }
             self.checkpoints.save(step, state, self.checkpoints.best_so_far()[0])
         if self.signalled and step < self.steps:
             raise Stopped(step, self.directory, self.signalled)

@@ -11,7 +11,6 @@ import tempfile
 import warnings
 from dataclasses import dataclass, field
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 from rlhf_exp.choices import require
@@ -112,8 +111,12 @@ class DeepSpeed(Hardware):
 
 
 def _require_writable(path: str | None, key: str) -> None:
+    if path is None:
+        raise ValueError(
+            f"{key} must be given with device=nvme: name a folder on a fast local disk"
+        )
     try:
-        with tempfile.TemporaryFile(dir=Path(path or "")):
+        with tempfile.TemporaryFile(dir=path):
             return
     except OSError as error:
         reason = (error.strerror or str(error)).lower()

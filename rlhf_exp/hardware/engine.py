@@ -161,18 +161,24 @@ def _refusing(optimizer: Any) -> Iterator[list[Tensor]]:
 
 
 @contextmanager
-def whole(module: Any) -> Iterator[None]:
-    """Every process holds all weights of the engine `module`, in this block: to sample by its inner
-    model, or to read or load weights. Changes that all processes make alike are kept.
+def whole(accelerator: Any) -> Iterator[None]:
+    """Every process holds all weights of what `accelerator` prepared, in this block: to sample by
+    an inner model, to read weights or to load them (the main process's values are kept).
 
     Under ZeRO-3 only; elsewhere weights are whole.
     """
-    if not (hasattr(module, "zero_optimization_stage") and module.zero_optimization_stage() == 3):
+    divided = [
+        module
+        for module in accelerator._models
+        if getattr(module, "zero_optimization_stage", lambda: 0)() == 3
+    ]
+    if not divided:
         yield
         return
     import deepspeed
     from trl.models.utils import add_hooks, remove_hooks
 
+    (module,) = divided
     with deepspeed.zero.GatheredParameters(list(module.parameters()), modifier_rank=0):
         remove_hooks(module)
         try:

@@ -47,7 +47,9 @@ class FSDP(Hardware):
         return "FSDP"
 
     def check(self) -> None:
-        if self.kind == "cpu":
+        import torch
+
+        if not torch.cuda.is_available():
             raise ValueError("FSDP needs GPUs and torch sees none: use hardware=zero3 on a CPU")
         super().check()
 
