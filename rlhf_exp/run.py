@@ -293,7 +293,7 @@ class Stages:
         trial.log.tracker.finish()
         folder = self.directory / "policy"
         if not folder.exists():
-            with whole(accelerator):
+            with self.policy.whole():
                 write_directory(
                     folder,
                     lambda f: self.policy.save(f, self._model_card()),

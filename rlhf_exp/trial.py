@@ -20,7 +20,6 @@ import torch
 from rlhf_exp import processes
 from rlhf_exp.checkpoints import Checkpoints, random_state, set_random_state
 from rlhf_exp.evaluation.scoring import Evaluator
-from rlhf_exp.hardware.engine import whole
 from rlhf_exp.policy import Policy, Rollouts
 from rlhf_exp.reference import Reference
 from rlhf_exp.tracking import Log
@@ -79,7 +78,7 @@ class Trial:
             return 0
         step, state = found
         self.log.begin(step, steps)
-        with whole(self.accelerator):
+        with policy.whole():
             algorithm.load_state(state["algorithm"])  # may make room in the policy: first
             policy.load_trainable_state(state["policy"])
         set_random_state(state["random"])
@@ -102,7 +101,7 @@ class Trial:
         due = self.checkpoints.due(step, self.steps)
         self.signalled = max(processes.gather(self.signalled))  # it reached one first
         if due or improved or self.signalled:
-            with whole(self.accelerator):
+            with policy.whole():
                 state = {
                     "policy": policy.trainable_state(),
                     "algorithm": algorithm.state(),

@@ -172,7 +172,7 @@ def whole(accelerator: Any) -> Iterator[None]:
         for module in accelerator._models
         if getattr(module, "zero_optimization_stage", lambda: 0)() == 3
     ]
-    if not divided:
+    if not divided or getattr(divided[0], "held_whole", False):
         yield
         return
     import deepspeed
@@ -181,7 +181,9 @@ def whole(accelerator: Any) -> Iterator[None]:
     (module,) = divided
     with deepspeed.zero.GatheredParameters(list(module.parameters()), modifier_rank=0):
         remove_hooks(module)
+        module.held_whole = True  # a block within this one has nothing to do
         try:
             yield
         finally:
+            module.held_whole = False
             add_hooks(module)
