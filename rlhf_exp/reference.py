@@ -22,7 +22,8 @@ class Reference:
     def __init__(self, policy: Policy, *, apart: bool = False) -> None:
         self.prefix = policy.prefix or ""  # what it was asked with
         if apart:  # shares nothing, for a policy that is no longer the one its adapter started from
-            self.kind = _Copy(policy.model)
+            with policy.whole():
+                self.kind = _Copy(policy.model)
         elif policy.lora is not None:
             self.kind = _AdapterOff(policy.model)
         elif policy.train_top is not None:

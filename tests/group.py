@@ -95,7 +95,19 @@ def zero(folder: Path, stage: str) -> None:
     compare(int(stage))
 
 
-PARTS: dict[str, Any] = {"together": together, "vanishing": vanishing, "zero": zero}
+def divided(folder: Path, algorithm: str, stage: str) -> None:
+    """Algorithms learn what they learn in one process; see test_divided.py."""
+    from divided import compare
+
+    compare(folder, algorithm, int(stage))
+
+
+PARTS: dict[str, Any] = {
+    "together": together,
+    "vanishing": vanishing,
+    "zero": zero,
+    "divided": divided,
+}
 
 if __name__ == "__main__":
     from rlhf_exp import processes

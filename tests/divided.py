@@ -1,0 +1,103 @@
+"""Learning in two processes beside the same in one, for test_divided.py: the same rollouts are
+learned from, so weights and metrics must agree but for the order of additions.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lab import DATA, PROMPTS, SHAPE, Lab, seed_everything
+
+from rlhf_exp import processes
+from rlhf_exp.algorithms.conditional import Conditional
+from rlhf_exp.algorithms.labels import Quantiles
+from rlhf_exp.algorithms.ppo import PPO
+from rlhf_exp.algorithms.rest import ReST
+from rlhf_exp.artifacts import Store
+from rlhf_exp.hardware import Hardware
+from rlhf_exp.hardware.deepspeed import DeepSpeed
+from rlhf_exp.hardware.engine import whole
+from rlhf_exp.policy import Policy, Rollouts
+from rlhf_exp.rewards import scored
+
+SAMPLES = 5  # of 9 prompts: 22 rollouts for one process, 23 for the other
+ALGORITHMS: dict[str, Callable[[], Any]] = {
+    "ppo": lambda: PPO(steps=2, batch=9, samples=SAMPLES, minibatch=15, epochs=2, lr=1e-3),
+    "rest": lambda: ReST(
+        steps=2,
+        batch=9,
+        samples=SAMPLES,
+        levels=[0.0, 0.5],
+        demonstrations=0,
+        validation=0,
+        minibatch=7,
+        kl_coef=0.1,
+    ),
+    "quark": lambda: Conditional(
+        steps=2,
+        batch=9,
+        samples=SAMPLES,
+        labels=Quantiles(names=["<|good|>", "<|fair|>", "<|poor|>"]),
+        tokens=["<|good|>", "<|fair|>", "<|poor|>"],
+        token_start="end",
+        updates=4,
+        minibatch=8,
+        kl_coef=0.05,
+        entropy_coef=0.06,
+        compare=0,
+    ),
+}
+
+
+def hardware(stage: int) -> Hardware:
+    """Two processes: DDP (0) or a stage of ZeRO, which divides even the smallest weights."""
+    if stage == 0:
+        return Hardware(processes=2, timeout=60)
+    zero = {"stage": stage} | ({"stage3_param_persistence_threshold": 0} if stage == 3 else {})
+    settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
+    return DeepSpeed(processes=2, timeout=60, deepspeed=settings)
+
+
+def learned(name: str, room: Lab, rollouts: list[Rollouts]) -> tuple[dict[str, Any], Any]:
+    """Metrics of the last of two steps, and the weights after it."""
+    algorithm = ALGORITHMS[name]()
+    algorithm.token_budget = 150  # some micro-batches
+    algorithm.check(room.policy, DATA)
+    seed_everything(0)
+    algorithm.setup(room.policy, room.reward, DATA, room.trial)
+    metrics = [algorithm.learn(r, step) for step, r in enumerate(rollouts)]
+    return metrics[-1], room.policy.trainable_state()
+
+
+def compare(folder: Path, name: str, stage: int) -> None:
+    """Assert that two processes learn what one does."""
+    store = Store(folder / "store")
+    base = processes.first(
+        lambda: Policy(architecture=dict(SHAPE), vocabulary=300).base(store, PROMPTS)
+    )
+    with processes.alone():
+        room = Lab(base, folder / f"alone-{processes.rank()}")
+        rollouts = [scored(room.policy.sample(PROMPTS, SAMPLES), room.reward) for _ in range(2)]
+        metrics, weights = learned(name, room, rollouts)
+
+    room = Lab(base, folder / "together")
+    accelerator = hardware(stage).accelerator()
+    room.trial.accelerator = accelerator
+    room.policy.whole = lambda: whole(accelerator)
+    found, ours = learned(name, room, rollouts)
+    assert ours.keys() == weights.keys()
+    for key, value in weights.items():
+        assert float((ours[key] - value).abs().max()) < 2e-4, key
+    for key, value in metrics.items():
+        allowed = 0.01 if key.endswith("_fraction") else 1e-3  # one token may be clipped, or not
+        assert abs(found[key] - value) < allowed * max(1.0, abs(value)), (key, found[key], value)
+
+    # every process gets the whole of what they sample and score together, and the same
+    drawn = scored(room.policy.sample(PROMPTS, SAMPLES), room.reward)
+    assert drawn.prompts == [p for p in PROMPTS for _ in range(SAMPLES)]
+    assert len(set(processes.gather(tuple(drawn.completions)))) == 1
+    half = len(drawn) // 2
+    assert drawn.completions[:half] != drawn.completions[-half:]
+    assert torch.equal(drawn.scores, room.reward(drawn.prompts, drawn.completions))  # type: ignore[arg-type]
+    hardware(stage).release(accelerator)
