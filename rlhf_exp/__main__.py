@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -16,6 +17,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from rlhf_exp.choices import require
 from rlhf_exp.config import build, check, conf_directory, explain, resolved
 from rlhf_exp.worker import guarded
 
@@ -42,6 +44,8 @@ def run(config: DictConfig, directory: Path, *, isolated: bool) -> None:
     plain["artifacts"] = str(Path(plain["artifacts"]).expanduser().absolute())
     hardware = build(plain["hardware"], "hardware")
     os.environ.update(hardware.env())
+    if planned(plain):
+        return
     from rlhf_exp.artifacts import write_json
     from rlhf_exp.run import describe
 
@@ -53,6 +57,23 @@ def run(config: DictConfig, directory: Path, *, isolated: bool) -> None:
     write_json(directory / "run.json", describe(plain))
     print(f"run directory: {directory}", file=sys.stderr)
     hardware.launch(directory, isolated=isolated)
+
+
+def planned(config: dict[str, Any]) -> bool:
+    """Whether a plan was all that was asked for; a run that cannot fit is refused, unless forced.
+    What is said of plans is dropped from `config`, for it decides nothing of the outcome.
+    """
+    require(str(config["plan"]).lower(), ("true", "false", "force"), "plan")
+    from rlhf_exp import plan
+
+    asked = dict(config)
+    wanted = config.pop("plan")
+    del config["planning"]
+    if wanted is True:
+        plan.show(asked)
+    elif wanted is False:
+        plan.refuse(asked)
+    return wanted is True
 
 
 def cli() -> None:
