@@ -288,14 +288,17 @@ def _learning(job: Job, standing: Parts) -> Iterator[Phase]:
         yield Phase("align", "update", add(standing, _by_trainer(job, algo)), "algo.micro_batch")
     if isinstance(algo, DPO):
         rows, prompt = job.widest(4096, MAX_ROLLOUT_TOKENS)
-        made = job.trace(skeleton, passes.compare, policy, rows, prompt, False)
+        made = job.trace(skeleton, passes.compare, policy, rows, prompt, True, False)
         yield Phase("align", "reference", add(standing, made))
     if not isinstance(algo, PPO | Imitation):
         return
     count = job.share(algo.batch * algo.samples)
     if isinstance(algo, PPO):
         rows, prompt = job.widest(count, algo.token_budget)
-        made = job.trace(skeleton, passes.looking_back, algo, policy, rows, prompt, job.mixed)
+        again = rows < count
+        made = job.trace(
+            skeleton, passes.looking_back, algo, policy, rows, prompt, again, job.mixed
+        )
         yield Phase("align", "look-back", add(standing, made), "algo.token_budget")
     minibatch = job.share(min(algo.minibatch, algo.batch * algo.samples))
     rows, prompt = job.widest(minibatch, algo.token_budget)
@@ -312,5 +315,5 @@ def _evaluation(job: Job, standing: Parts, sampled: Parts) -> Iterator[Phase]:
     yield Phase("align", "evaluation: sampling", add(sampled, made), "policy.sample_batch")
     if not isinstance(job.algo, BestOfN):
         rows, prompt = job.widest(count, MAX_ROLLOUT_TOKENS)
-        made = job.trace(job.skeleton, passes.compare, job.policy, rows, prompt)
+        made = job.trace(job.skeleton, passes.compare, job.policy, rows, prompt, rows < count)
         yield Phase("align", "evaluation: KL", add(standing, made), "evaluation.prompts")

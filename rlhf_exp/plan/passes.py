@@ -150,6 +150,8 @@ def _next(model: Any, policy: Policy, ids: Tensor, mask: Tensor, cache: Any) -> 
         logits_to_keep=1,
     )
     logits = scores = out.logits[:, -1].to(copy=True, dtype=torch.float32)
+    if policy.min_new_tokens or policy.control:
+        scores = torch.where(scores > 0, -torch.inf, scores.clone())  # tokens not to be drawn
     if policy.temperature != 1.0:
         scores = TemperatureLogitsWarper(policy.temperature)(ids, scores)  # type: ignore[arg-type]
     if policy.top_k:
@@ -204,16 +206,23 @@ def read(rows: int, length: int) -> Pass:
     return work
 
 
-def compare(policy: Policy, rows: int, prompt: int, *, apart: bool = True) -> Pass:
-    """Log-probabilities of responses under policy and reference, as an evaluation asks for them."""
+def compare(
+    policy: Policy, rows: int, prompt: int, again: bool = False, apart: bool = True
+) -> Pass:
+    """Log-probabilities of responses under policy and reference, as an evaluation asks for them; or
+    under the reference alone.
+    """
 
     def work(model: Any) -> tuple[Iterable[Tensor], Run]:
         batch, reference = _batch(policy, rows, prompt), _reference(policy, model)
 
         @torch.no_grad()
         def run(live: Live) -> None:
-            logits = response_logits(model, batch)[0] if apart else None
-            _asked(batch, policy, *([] if logits is None else [logits]), reference.logits(batch))
+            logits = ref_logits = None  # those of a micro-batch stay until the next has its own
+            for _ in range(1 + again):
+                logits = response_logits(model, batch)[0] if apart else None
+                ref_logits = reference.logits(batch)
+                _asked(batch, policy, *(x for x in (logits, ref_logits) if x is not None))
 
         return [*_held(batch), *_own(reference, model)], run
 
@@ -250,7 +259,7 @@ def _(algo: PPO, policy: Policy, rows: int, prompt: int, again: bool, mixed: str
 
         def run(live: Live) -> None:
             if not again and algo.minibatch == algo.batch * algo.samples:
-                look_back(algo, batch, reusable=True)
+                look_back(algo, batch, 1, reusable=True)
             for _ in range(1 + again):
                 loss, _stats = algo._token_sums(rollouts, seen, seen.advantages, batch)
                 (loss / batch.mask.sum()).backward()
@@ -261,7 +270,9 @@ def _(algo: PPO, policy: Policy, rows: int, prompt: int, again: bool, mixed: str
     return work
 
 
-def looking_back(algo: PPO, policy: Policy, rows: int, prompt: int, mixed: str) -> Pass:
+def looking_back(
+    algo: PPO, policy: Policy, rows: int, prompt: int, again: bool, mixed: str
+) -> Pass:
     """Log-probabilities, values and KL of a micro-batch, no graph kept."""
     algo = copy.copy(algo)
 
@@ -270,22 +281,25 @@ def looking_back(algo: PPO, policy: Policy, rows: int, prompt: int, mixed: str) 
         algo.policy, algo.reference = policy, _reference(policy, model)
         algo.descent = SimpleNamespace(module=_precise(module, mixed))  # type: ignore[assignment]
         there = [*module.parameters(), *_held(batch), *_own(algo.reference, model)]
-        return there, lambda live: look_back(algo, batch, reusable=False)
+        return there, lambda live: look_back(algo, batch, 1 + again, reusable=False)
 
     return work
 
 
 @torch.no_grad()
-def look_back(algo: PPO, batch: Batch, *, reusable: bool) -> None:
-    """What PPO.look_back makes of one micro-batch."""
-    with torch.set_grad_enabled(reusable):
-        output = algo.descent.module(batch)
-    algo.kept_forward = output if reusable else None
-    logits = output[0].detach()
-    ref_logits = algo.reference.logits(batch)
-    _asked(batch, algo.policy, logits, ref_logits)
-    if algo.kl_estimator == "full":
-        losses.full_kl(logits, ref_logits, algo.policy.temperature)
+def look_back(algo: PPO, batch: Batch, times: int, *, reusable: bool) -> None:
+    """What PPO.look_back makes of as many micro-batches; the logits of one stay until the next has
+    its own.
+    """
+    for _ in range(times):
+        with torch.set_grad_enabled(reusable):
+            output = algo.descent.module(batch)
+        algo.kept_forward = output if reusable else None
+        logits = output[0].detach()
+        ref_logits = algo.reference.logits(batch)
+        _asked(batch, algo.policy, logits, ref_logits)
+        if algo.kl_estimator == "full":
+            losses.full_kl(logits, ref_logits, algo.policy.temperature)
 
 
 @learn.register

@@ -80,8 +80,7 @@ class Skeleton:
         if not self.trained:
             return model.requires_grad_(False)
         if self.checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-            model.train()
+            _check_points(model.train())
         if self.lora is not None:
             return _adapted(model, self.lora, self.head)
         if self.train_top is not None:
@@ -93,6 +92,12 @@ class Skeleton:
         """Of the model, on the meta device."""
         with torch.device("meta"):
             return count(self.build(), self.quantization)
+
+
+def _check_points(model: Any) -> None:
+    """Turn checkpointing on, under the name that this version of transformers has for it."""
+    names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+    next(getattr(model, name) for name in names if hasattr(model, name))()
 
 
 def settle(model: nn.Module) -> None:
