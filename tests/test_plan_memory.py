@@ -121,7 +121,7 @@ def close(plan: float, measured: float, tolerance: float = 0.1) -> None:
         ("gpt2", "top", 220),
         ("llama", "lora", 220),
         ("llama", "bfloat16", 16_384),
-        ("gpt_neox", "checkpointed", 220),
+        ("gpt_neox", "checkpointed", 16_384),
     ],
 )
 def test_ppo_update(kind: str, variant: str, budget: int, tiny_base: Any) -> None:

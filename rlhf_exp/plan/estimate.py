@@ -45,9 +45,12 @@ def make(config: dict[str, Any], known: dict[str, Any] | None = None) -> Plan:
     """The plan of a plain, checked config. `known` carries what does not change from one plan to
     the next of the same data: lengths of texts, and passes already traced.
     """
-    job = describe(config, {} if known is None else known)
+    known = {} if known is None else known
+    job = describe(config, known)
     planning = Planning(**{k: v for k, v in config["planning"].items() if k != "_target_"})
-    rates, source = _rates(job, planning)
+    if "rates" not in known:
+        known["rates"] = _rates(job, planning)
+    rates, source = known["rates"]
     return Plan(list(phases(job)), list(works(job)), rates, source, device_memory(job))
 
 

@@ -70,8 +70,7 @@ class Job:
 
     def trace(self, skeleton: Skeleton, what: Callable[..., Any], *args: Any) -> Parts:
         """`passes.trace`, each pass once."""
-        told = [a if isinstance(a, int | str) else repr(a) for a in args]
-        key = f"{skeleton.key}{what.__name__}{told}"
+        key = f"{skeleton.key}{what.__name__}{[_decides(a) for a in args]}"
         if key not in self.known:
             work = what(*args)
             self.known[key] = {} if work is None else passes.trace(skeleton, work)
@@ -89,6 +88,14 @@ class Job:
                 break
             rows += 1
         return rows, spaced[rows - 1]
+
+
+def _decides(argument: Any) -> Any:
+    """What of an argument decides a pass: sizes of batches reach it as numbers of their own."""
+    apart = ("token_budget", "micro_batch", "sample_batch", "tokenizer", "prefix")
+    if isinstance(argument, int | str):
+        return argument
+    return {k: str(v) for k, v in vars(argument).items() if k not in apart}
 
 
 @dataclass

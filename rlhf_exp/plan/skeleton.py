@@ -8,6 +8,7 @@ Left out: weights that differ from what their config says.
 
 import copy
 import json
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -128,7 +129,7 @@ def _classifier() -> Any:
 
     def build(config: Any, **settings: Any) -> Any:
         config = copy.deepcopy(config)
-        config.num_labels = 1
+        config.num_labels, config.pad_token_id = 1, 0  # a real one is given its tokenizer's
         return AutoModelForSequenceClassification.from_config(config, **settings)
 
     return build
@@ -144,11 +145,15 @@ _CLASSES = {"causal": _causal, "classifier": _classifier, "none": _bare}
 
 
 def _adapted(model: Any, lora: dict[str, Any], head: str) -> Any:
-    if head == "causal":
-        return weights.add_lora(model, lora)
-    from peft import LoraConfig, get_peft_model
+    with warnings.catch_warnings():  # of turned weights, which peft turns, and of an old name
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set to False")
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        if head == "causal":
+            return weights.add_lora(model, lora)
+        from peft import LoraConfig, get_peft_model
 
-    return get_peft_model(model, LoraConfig(task_type="SEQ_CLS", modules_to_save=["score"], **lora))
+        told = LoraConfig(task_type="SEQ_CLS", modules_to_save=["score"], **lora)
+        return get_peft_model(model, told)
 
 
 # ---- quantized weights
