@@ -263,4 +263,5 @@ def test_a_run_can_lend_its_speed(debug_run: Any, tmp_path: Path) -> None:
 def test_what_cannot_be_planned_is_one_sentence(
     overrides: list[str], fragments: list[str], refused: Callable[..., str]
 ) -> None:
-    says(refused(*SMALL, *overrides), *fragments)
+    plain = [o for o in SMALL if "n_layer" not in o]  # which no model of the hub has
+    says(refused(*plain, *overrides), *fragments)
