@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rlhf_exp import processes
+from rlhf_exp.choices import require
 from rlhf_exp.config import build, check, conf_directory, explain, resolved
 from rlhf_exp.worker import guarded
 
@@ -54,7 +55,11 @@ def run(config: DictConfig, directory: Path, *, isolated: bool) -> None:
     plain["artifacts"] = str(Path(plain["artifacts"]).expanduser().absolute())
     hardware = build(plain["hardware"], "hardware")
     os.environ.update(hardware.env())
-    hardware.check()
+    if plain["plan"] is not True:  # a plan is made anywhere
+        hardware.check()
+    told = {key: plain.pop(key) for key in ("plan", "planning")}  # they decide nothing of a run
+    if processes.first(lambda: planned(plain | told)):
+        return
     if (shared := processes.agreed(directory)) != directory:
         raise ValueError(
             f"the processes of the run would write to {shared} and to {directory}: give one "
@@ -76,6 +81,20 @@ def write_down(plain: dict[str, Any], directory: Path) -> None:
         )
     write_json(directory / "run.json", describe(plain))
     print(f"run directory: {directory}", file=sys.stderr)
+
+
+def planned(config: dict[str, Any]) -> bool:
+    """Whether a plan was all that was asked for; a run that cannot fit is refused, unless
+    forced.
+    """
+    require(str(config["plan"]).lower(), ("true", "false", "force"), "plan")
+    from rlhf_exp import plan
+
+    if config["plan"] is True:
+        plan.show(config)
+    elif config["plan"] is False:
+        plan.refuse(config)
+    return config["plan"] is True
 
 
 def cli() -> None:

@@ -28,6 +28,8 @@ class Root:
     objective: str
     show_every: int | None
     resume: str | None
+    plan: Any  # true, false or force
+    planning: Any
     data: Any
     policy: Any
     labeller: Any

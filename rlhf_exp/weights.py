@@ -145,10 +145,10 @@ def loadable(source: Path | str, store: Store) -> Path | str:
     return source
 
 
-def _build(policy: "Policy", texts: list[str], folder: Path) -> None:
-    """A model with random weights and a byte-level BPE tokenizer trained on `texts`."""
+def scratch_tokenizer(policy: "Policy", texts: list[str]) -> Any:
+    """A byte-level BPE tokenizer trained on `texts`."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -160,7 +160,14 @@ def _build(policy: "Policy", texts: list[str], folder: Path) -> None:
         show_progress=False,
     )
     bpe.train_from_iterator(texts, trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END, pad_token=PAD)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END, pad_token=PAD)
+
+
+def _build(policy: "Policy", texts: list[str], folder: Path) -> None:
+    """A model with random weights, and its tokenizer."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    tokenizer = scratch_tokenizer(policy, texts)
     fields = dict(policy.architecture or {})
     ids = {
         "eos_token_id": tokenizer.eos_token_id,
