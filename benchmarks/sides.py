@@ -59,6 +59,7 @@ def bare_trial(folder: Path, policy: Any, reward: Any = None) -> Any:
     class BareTrial(Trial):
         def begin(self, policy: Any, algorithm: Any, steps: int) -> int:
             self.steps = steps
+            self.speed = lambda rollouts, seconds: {}
             self.log.begin(0, steps)
             seed_everything(self.seed)
             return 0

@@ -285,6 +285,8 @@ class Stages:
             ),
             pairs=lambda: self.pairs,
             labeller=self._loaded_labeller,
+            mixed_precision=self.hardware.mixed_precision,
+            peak_tflops=self.hardware.peak_tflops,
         )
         self.checkpoints.open(self.directory)
         trial.log.tracker.start(self.config, self.directory)

@@ -22,6 +22,7 @@ from rlhf_exp.checkpoints import Checkpoints, random_state, set_random_state
 from rlhf_exp.evaluation.scoring import Evaluator
 from rlhf_exp.policy import Policy, Rollouts
 from rlhf_exp.reference import Reference
+from rlhf_exp.speed import Speed
 from rlhf_exp.tracking import Log
 
 
@@ -49,6 +50,8 @@ class Trial:
     evaluator: Evaluator
     pairs: Callable[[], Path]  # preference artifact: train.jsonl and evaluation.jsonl
     labeller: Callable[[], Any]  # loaded; says which of two completions is better
+    mixed_precision: str = "no"  # what matrices are multiplied in: no, bf16 or fp16
+    peak_tflops: float | None = None  # of one device, in bf16
     signalled: int = field(default=0, init=False)
 
     @contextmanager
@@ -70,6 +73,7 @@ class Trial:
         restored.
         """
         self.steps = steps
+        self.speed = Speed(algorithm=algorithm, policy=policy, peak_tflops=self.peak_tflops)
         found = self.checkpoints.latest()
         if found is None:
             self.log.begin(0, steps)
@@ -88,7 +92,7 @@ class Trial:
         self, step: int, rollouts: Rollouts, metrics: dict[str, float], seconds: dict[str, float]
     ) -> None:
         """Record what one step sampled, scored and learned."""
-        self.log.step(step, rollouts, metrics, seconds)
+        self.log.step(step, rollouts, metrics | self.speed(rollouts, seconds), seconds)
 
     def log_metrics(self, step: int, metrics: dict[str, float]) -> None:
         """Record numbers of step `step` (from 0) of an algorithm that samples elsewhere, or not."""

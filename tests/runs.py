@@ -86,7 +86,7 @@ def rows(path: Path) -> list[dict[str, Any]]:
 def timeless(path: Path) -> list[dict[str, Any]]:
     """metrics.jsonl without what the clock decides."""
     return [
-        {k: v for k, v in row.items() if not k.startswith("time/") and k != "tokens_per_second"}
+        {k: v for k, v in row.items() if not k.startswith(("time/", "tokens_per_second", "mfu/"))}
         for row in rows(path)
     ]
 

@@ -153,6 +153,7 @@ class PPO(Online):
 
     def setup(self, policy: Policy, reward: Any, data: Dataset, trial: Trial) -> None:
         self.policy, self.accelerator, self.reference = policy, trial.accelerator, trial.reference
+        self.mixed_precision = trial.mixed_precision
         self.coef = self.kl_coef
         self.scaling = ScoreScaling(self.score_scaling)
         self.kept_forward: tuple[Tensor, Tensor] | None = None
@@ -362,7 +363,7 @@ class PPO(Online):
 
     @property
     def _tolerance(self) -> float:
-        exact = self.policy.dtype == "float32" and self.accelerator.mixed_precision == "no"
+        exact = self.policy.dtype == "float32" and self.mixed_precision == "no"
         return 1e-3 if exact else 0.25
 
     def _assert_at_start(self, log_ratio: Tensor) -> None:
