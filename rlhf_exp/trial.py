@@ -85,7 +85,8 @@ class Trial:
         with policy.whole():
             algorithm.load_state(state["algorithm"])  # may make room in the policy: first
             policy.load_trainable_state(state["policy"])
-        set_random_state(state["random"])
+        states = state["random"]
+        set_random_state(states[processes.rank() % len(states)])
         return step
 
     def log_step(
@@ -109,7 +110,7 @@ class Trial:
                 state = {
                     "policy": policy.trainable_state(),
                     "algorithm": algorithm.state(),
-                    "random": random_state(),
+                    "random": processes.gather(random_state()),
                 }
             self.checkpoints.save(step, state, self.checkpoints.best_so_far()[0])
         if self.signalled and step < self.steps:

@@ -87,15 +87,12 @@ class Descent:
 
     def state(self) -> dict[str, Any]:
         """Optimizer state and count of skipped steps."""
-        optimizer = self.optimizer.state_dict() if self.engine is None else self.engine.state()
+        optimizer = (self.engine or self.optimizer).state_dict()
         return {"optimizer": optimizer, "skipped": self.skipped}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue from what `state` gave."""
-        if self.engine is None:
-            self.optimizer.load_state_dict(state["optimizer"])
-        else:
-            self.engine.load_state(state["optimizer"])
+        (self.engine or self.optimizer).load_state_dict(state["optimizer"])
         self.skipped = state["skipped"]
 
 

@@ -8,7 +8,7 @@ generators are the trial's to save and restore, so the trainer itself writes not
 Rows come tokenized, as the policy meets prompts and completions when it samples (prefix, chat
 template, end of text); no trainer tokenizes in a way of its own.
 
-Left out: trainers on several processes, and the state of fp16's loss scaler.
+Left out: the state of fp16's loss scaler.
 """
 
 import json
@@ -25,9 +25,11 @@ from typing import Any, ClassVar
 
 import torch
 
+from rlhf_exp import processes
 from rlhf_exp.checkpoints import random_state, set_random_state
 from rlhf_exp.choices import pick
 from rlhf_exp.data.rows import Dataset
+from rlhf_exp.hardware.engine import Engine, whole
 from rlhf_exp.policy import Policy
 from rlhf_exp.trial import Trial
 
@@ -57,18 +59,45 @@ class Training:
             return
         folder = Path(self.args.output_dir)
         (folder / "trainer_state.json").write_text(json.dumps(self.resume["trainer"]))
-        self.train(resume_from_checkpoint=str(folder))
+        with _no_checkpoint_of_deepspeed():
+            self.train(resume_from_checkpoint=str(folder))
+
+    def create_optimizer(self: Any, *args: Any, **kwargs: Any) -> Any:
+        optimizer = super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
+        self.groups = [list(group["params"]) for group in optimizer.param_groups]
+        return optimizer
+
+    @property
+    def stateful(self: Any) -> Any:
+        """What keeps the optimizer's state, as one process would have it."""
+        if not self.is_deepspeed_enabled:
+            return self.optimizer
+        return Engine.around(self.model_wrapped, self.optimizer, self.groups)
 
     def _load_from_checkpoint(self, *_: Any) -> None:
         """The trial has restored the weights."""
 
     def _load_optimizer_and_scheduler(self: Any, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            self.optimizer.load_state_dict(self.resume["optimizer"])
+            self.stateful.load_state_dict(self.resume["optimizer"])
             self.lr_scheduler.load_state_dict(self.resume["scheduler"])
 
     def _load_rng_state(self: Any, checkpoint: str | None) -> None:
         set_random_state(self.resume["random"])
+
+
+@contextmanager
+def _no_checkpoint_of_deepspeed() -> Iterator[None]:
+    """transformers would look for one, but state is ours to restore."""
+    from transformers import trainer as transformers_trainer
+
+    trainer: Any = transformers_trainer
+    load = trainer.deepspeed_load_checkpoint
+    trainer.deepspeed_load_checkpoint = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        trainer.deepspeed_load_checkpoint = load
 
 
 def mixed(kind: type[Training], trainer: type) -> Any:
@@ -128,6 +157,8 @@ class TrainerAlgorithm:
 
     def arguments(self, policy: Policy, steps: int, seed: int) -> dict[str, Any]:
         """Settings for `steps` optimizer steps, in the trainer's words."""
+        rows = self._rows_per_process()
+        micro_batch = min(self.micro_batch, rows)
         return quiet(policy.device, seed) | {
             "max_steps": steps,
             "learning_rate": self.lr,
@@ -137,14 +168,25 @@ class TrainerAlgorithm:
             "adam_beta2": self.betas[1],
             "weight_decay": self.weight_decay,
             "max_grad_norm": self.max_grad_norm,
-            "per_device_train_batch_size": self.micro_batch,
-            "per_device_eval_batch_size": self.micro_batch,
-            "gradient_accumulation_steps": self.rows_per_step // self.micro_batch,
+            "per_device_train_batch_size": micro_batch,
+            "per_device_eval_batch_size": micro_batch,
+            "gradient_accumulation_steps": rows // micro_batch,
             "logging_strategy": "steps",
             "logging_steps": self.stride,
             "logging_nan_inf_filter": False,
             "disable_tqdm": True,
         }
+
+    def _rows_per_process(self) -> int:
+        """Of a step; ValueError where the processes cannot share its rows equally."""
+        rows, rest = divmod(self.rows_per_step, processes.count())
+        if rest or rows % min(rows, self.micro_batch):
+            raise ValueError(
+                f"the {self.rows_per_step} rows of a step ({self.key}.batch={self.batch}) cannot "
+                f"be shared by {processes.count()} processes in micro-batches of "
+                f"{self.key}.micro_batch={self.micro_batch}: change one of them"
+            )
+        return rows
 
     def fit(
         self,
@@ -160,6 +202,7 @@ class TrainerAlgorithm:
         """
         with scratch(policy) as folder:
             self.trainer = build(folder)
+            policy.whole = lambda: whole(self.trainer.accelerator)
             if policy.lora is not None and "ref" in policy.model.peft_config:
                 policy.model.delete_adapter("ref")  # TRL's own reference
             self.clock = time.perf_counter()
@@ -208,7 +251,7 @@ class TrainerAlgorithm:
         on.
         """
         return {
-            "optimizer": self.trainer.optimizer.state_dict(),
+            "optimizer": self.trainer.stateful.state_dict(),
             "scheduler": self.trainer.lr_scheduler.state_dict(),
             "trainer": asdict(self.trainer.state),
         }

@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from rlhf_exp import losses, weights
+from rlhf_exp import losses, processes, weights
 from rlhf_exp.algorithms.online import prompts_at
 from rlhf_exp.algorithms.trainer import TrainerAlgorithm, Training, mixed
 from rlhf_exp.choices import require
@@ -113,8 +113,13 @@ class TRLOnline(TrainerAlgorithm):
         prompts = prompts_at(data.prompts, 0, self.steps * self.batch, trial.seed)
 
         def judge(prompts: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
-            self.rollouts = scored(policy.assemble(prompts, completion_ids), reward)
-            return self.rollouts.scores.tolist()  # type: ignore[union-attr]
+            parts = processes.gather((prompts, completion_ids))
+            asked = [prompt for part in parts for prompt in part[0]]
+            drawn = [ids for part in parts for ids in part[1]]
+            self.rollouts = scored(policy.assemble(asked, drawn), reward)
+            mine = sum(len(part[0]) for part in parts[: processes.rank()])
+            scores = self.rollouts.scores.tolist()  # type: ignore[union-attr]
+            return scores[mine : mine + len(prompts)]
 
         def build(folder: str) -> Any:
             policy.model.generation_config = weights.generation_config(policy)  # its end of text

@@ -28,16 +28,28 @@ class Engine:
     def __init__(
         self, accelerator: Any, module: nn.Module, optimizer: Any, max_grad_norm: float | None
     ) -> None:
-        self.parameters: list[nn.Parameter] = [
-            p for group in optimizer.param_groups for p in group["params"]
-        ]
-        self.sizes = [len(group["params"]) for group in optimizer.param_groups]
+        groups = [group["params"] for group in optimizer.param_groups]
         config = accelerator.deepspeed_plugin.deepspeed_config
         config["gradient_clipping"] = max_grad_norm or 0.0
         config["managed_gradient_accumulation"] = False  # step() is when it is called
-        self.module, self.wrapper = accelerator.prepare(module, optimizer)
-        self.optimizer = self.wrapper.optimizer  # DeepSpeed's, around torch's
-        self.sharded = accelerator.deepspeed_plugin.zero_stage == 3
+        engine, wrapper = accelerator.prepare(module, optimizer)
+        self._adopt(engine, wrapper, groups)
+
+    @classmethod
+    def around(cls, module: Any, wrapper: Any, groups: list[list[nn.Parameter]]) -> "Engine":
+        """What somebody else prepared: DeepSpeed's engine, Accelerate's wrapper of its optimizer,
+        and the groups of parameters this was made for.
+        """
+        found = cls.__new__(cls)
+        found._adopt(module, wrapper, groups)
+        return found
+
+    def _adopt(self, module: Any, wrapper: Any, groups: list[list[nn.Parameter]]) -> None:
+        self.parameters = [p for group in groups for p in group]
+        self.sizes = [len(group) for group in groups]
+        self.module, self.wrapper = module, wrapper
+        self.optimizer = wrapper.optimizer  # DeepSpeed's, around torch's
+        self.sharded = module.zero_optimization_stage() == 3
         self.reloaded = False  # weights were loaded since the last step
 
     def backward(self, loss: Tensor) -> None:
@@ -75,7 +87,7 @@ class Engine:
             return self.optimizer.fp32_partitioned_groups_flat
         return self.optimizer.single_partition_of_fp32_groups
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """What the state_dict of torch's AdamW would be in one process."""
         state: dict[int, dict[str, Tensor]] = {}
         if self._adam.state:
@@ -93,7 +105,7 @@ class Engine:
             for group, a, b in zip(self._adam.param_groups, ends, ends[1:], strict=False)
         ]
 
-    def load_state(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from what `state` gave, here or elsewhere; weights are loaded before the next
         step.
         """
