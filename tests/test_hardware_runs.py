@@ -8,9 +8,20 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from runs import PATIENCE, command, command_line, environment, rows, the_error, timeless
+from runs import (
+    PATIENCE,
+    command,
+    command_line,
+    environment,
+    inside,
+    rewound,
+    rows,
+    the_error,
+    timeless,
+)
 
 from rlhf_exp.artifacts import verify
 
@@ -158,3 +169,27 @@ def test_torchrun_of_another_size_or_a_sweep(tmp_path: Path) -> None:
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1, done.stderr
     assert "a sweep starts the processes of its jobs itself" in errors[0]
+
+
+def test_dpo_in_two_processes_is_that_of_one_and_resumes(artifacts: Path, tmp_path: Path) -> None:
+    asked = ["experiment=debug", "algo=dpo", "checkpoints.every=1", "checkpoints.keep=99"]
+    asked.append(f"artifacts={artifacts}")
+    assert inside(tmp_path / "one", *asked) == 0
+    two = tmp_path / "two"
+    where = ["hardware=zero2", "hardware.processes=2", f"hydra.run.dir={two}"]
+    done = command_line(*asked, *where, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    again = rewound(two, tmp_path / "again", 2)
+    done = command_line(f"resume={again}", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+    def told(run: Path) -> list[list[float]]:
+        return [
+            [row["dpo/loss"], row["dpo/grad_norm"], row["dpo/margin"]]
+            for row in rows(run / "metrics.jsonl")
+            if "dpo/loss" in row
+        ]
+
+    assert len(told(two)) == 4
+    for run in (two, again):
+        assert np.allclose(told(run), told(tmp_path / "one"), atol=2e-4), run
