@@ -33,7 +33,11 @@ def finished(directory: Path) -> dict:
         "policy/policy.json",
     ):
         assert (directory / name).exists(), f"{name} is missing from {contents(directory)}"
-    for name in ("scores_by_step", "scores_by_kl", "members", "kl_coefficient"):
+    drawn = {"scores_by_step", "scores_by_kl"}
+    drawn |= {"members"} if members(directory) else set()
+    drawn |= {"kl_coefficient"} if "kl/coef" in (directory / "metrics.jsonl").read_text() else set()
+    assert contents(directory / "figures") == {f"{name}.png" for name in drawn}
+    for name in drawn:
         image = (directory / "figures" / f"{name}.png").read_bytes()
         assert image.startswith(b"\x89PNG")
         assert len(image) > 5_000
