@@ -20,6 +20,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
+from rlhf_exp import processes
 from rlhf_exp.artifacts import file_hash, fingerprint, write_json
 from rlhf_exp.choices import require
 from rlhf_exp.data.rows import Dataset
@@ -38,19 +39,23 @@ logger = logging.getLogger(__name__)
 
 class PoolFile:
     """A file of rows in the order of their index, and its manifest; opened anew, it goes on where
-    it was cut off, unless `spec` has changed.
+    it was cut off, unless `spec` has changed. Of several processes, the main one reads and writes.
     """
 
     def __init__(self, path: Path, spec: dict[str, Any], **about: Any) -> None:
         self.path, self.note = path, manifest_of(path)
         self.manifest = {"fingerprint": fingerprint(spec), "spec": spec, **about}
-        if path.exists():
-            begun = read_manifest(path)
-            _same(path, begun, self.manifest, "this run")
+        self.rows = processes.first(self._begun)
+
+    def _begun(self) -> int:
+        """Rows that are there already."""
+        if self.path.exists():
+            begun = read_manifest(self.path)
+            _same(self.path, begun, self.manifest, "this run")
             self.manifest |= begun
         else:
             write_json(self.note, self.manifest)
-        self.rows = _whole_lines(path)
+        return _whole_lines(self.path)
 
     @property
     def finished(self) -> bool:
@@ -58,14 +63,19 @@ class PoolFile:
 
     def append(self, rows: list[Generated]) -> None:
         """Add rows, on the disk before this returns."""
+        self.rows += len(rows)
+        if not processes.main():
+            return
         with self.path.open("a", encoding="utf-8") as file:
             file.writelines(row.line() for row in rows)
             file.flush()
             os.fsync(file.fileno())
-        self.rows += len(rows)
 
     def finish(self) -> None:
         """Seal the file."""
+        processes.first(self._seal)
+
+    def _seal(self) -> None:
         self.path.touch()
         self.manifest |= {"rows": self.rows, "sha256": file_hash(self.path)}
         write_json(self.note, self.manifest)

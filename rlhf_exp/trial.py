@@ -104,8 +104,7 @@ class Trial:
         improved = self.evaluator.due(step, self.steps) and self._evaluate(step, policy)
         improved = processes.agreed(improved)
         due = self.checkpoints.due(step, self.steps)
-        self.signalled = max(processes.gather(self.signalled))  # it reached one first
-        if due or improved or self.signalled:
+        if self.stopped() or due or improved:
             with policy.whole():
                 state = {
                     "policy": policy.trainable_state(),
@@ -115,6 +114,11 @@ class Trial:
             self.checkpoints.save(step, state, self.checkpoints.best_so_far()[0])
         if self.signalled and step < self.steps:
             raise Stopped(step, self.directory, self.signalled)
+
+    def stopped(self) -> bool:
+        """Whether a signal has asked any process of the run to stop."""
+        self.signalled = max(processes.gather(self.signalled))
+        return bool(self.signalled)
 
     def _evaluate(self, step: int, policy: Policy) -> bool:
         """Evaluate and tell whether this is the best so far."""

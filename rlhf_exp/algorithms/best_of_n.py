@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from rlhf_exp import processes
 from rlhf_exp.artifacts import file_hash, fingerprint
 from rlhf_exp.data.rows import Dataset
 from rlhf_exp.evaluation.best_of_n import Curves, expected, kl_bon, read_scores, usable
@@ -112,13 +113,17 @@ class BestOfN(Curves):
             trial.log_metrics(step, _metrics(rows, seconds))
             pool.append([row for row in rows if row.index in missing])
             step += 1
-            if trial.signalled and step < steps:
+            if trial.stopped() and step < steps:
                 raise Stopped(step, trial.directory, trial.signalled)
         pool.finish()
-        self.write(pool.path, folder)
-        self._evaluate(pool.path, policy, trial)
+        processes.first(lambda: self._estimate(pool.path, folder, policy, trial))
+
+    def _estimate(self, pool: Path, folder: Path, policy: Policy, trial: Trial) -> None:
+        """All that follows from the pool."""
         from rlhf_exp.report.best_of_n import report
 
+        self.write(pool, folder)
+        self._evaluate(pool, policy, trial)
         report([trial.directory], folder)
 
     def _source(

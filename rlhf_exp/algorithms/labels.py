@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
+from rlhf_exp import processes
 from rlhf_exp.algorithms.pool import Pool, numbered, quantiles, ties
 from rlhf_exp.choices import require
 from rlhf_exp.feedback import Feedback
@@ -164,7 +165,7 @@ class Judged(Labelling):
 
     def judge(self, rollouts: Rollouts) -> list[Feedback | None]:
         self.before = dict(self.feedback.counts)
-        return self.feedback(rollouts.prompts, rollouts.completions)
+        return processes.first(lambda: self.feedback(rollouts.prompts, rollouts.completions))
 
     def cells(self, pool: Pool) -> np.ndarray:
         return pool.groups()
