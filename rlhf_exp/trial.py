@@ -85,7 +85,7 @@ class Trial:
         with policy.whole():
             algorithm.load_state(state["algorithm"])  # may make room in the policy: first
             policy.load_trainable_state(state["policy"])
-        states = state["random"]
+        states = state["random"]  # of every process
         set_random_state(states[processes.rank() % len(states)])
         return step
 
@@ -104,7 +104,8 @@ class Trial:
         improved = self.evaluator.due(step, self.steps) and self._evaluate(step, policy)
         improved = processes.agreed(improved)
         due = self.checkpoints.due(step, self.steps)
-        if self.stopped() or due or improved:
+        stopped = self.stopped()
+        if stopped or due or improved:
             with policy.whole():
                 state = {
                     "policy": policy.trainable_state(),
@@ -112,13 +113,12 @@ class Trial:
                     "random": processes.gather(random_state()),
                 }
             self.checkpoints.save(step, state, self.checkpoints.best_so_far()[0])
-        if self.signalled and step < self.steps:
-            raise Stopped(step, self.directory, self.signalled)
+        if stopped and step < self.steps:
+            raise Stopped(step, self.directory, stopped)
 
-    def stopped(self) -> bool:
-        """Whether a signal has asked any process of the run to stop."""
-        self.signalled = max(processes.gather(self.signalled))
-        return bool(self.signalled)
+    def stopped(self) -> int:
+        """The signal that has asked a process of the run to stop, or 0; the same on all of them."""
+        return max(processes.gather(self.signalled))
 
     def _evaluate(self, step: int, policy: Policy) -> bool:
         """Evaluate and tell whether this is the best so far."""

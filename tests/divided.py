@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lab import DATA, PROMPTS, SHAPE, Lab, seed_everything
+from lab import DATA, PROMPTS, SHAPE, Lab, Vowels, seed_everything
 
 from rlhf_exp import processes
 from rlhf_exp.algorithms.conditional import Conditional
@@ -20,6 +20,7 @@ from rlhf_exp.hardware.deepspeed import DeepSpeed
 from rlhf_exp.hardware.engine import whole
 from rlhf_exp.policy import Policy, Rollouts
 from rlhf_exp.rewards import scored
+from rlhf_exp.rewards.mix import Mix
 
 SAMPLES = 5  # of 9 prompts: 22 rollouts for one process, 23 for the other
 ALGORITHMS: dict[str, Callable[[], Any]] = {
@@ -92,6 +93,13 @@ def compare(folder: Path, name: str, stage: int) -> None:
     for key, value in metrics.items():
         allowed = 0.01 if key.endswith("_fraction") else 1e-3  # one token may be clipped, or not
         assert abs(found[key] - value) < allowed * max(1.0, abs(value)), (key, found[key], value)
+
+    # made of others, a reward still says of each completion what it says of it alone
+    parts = {"a": {"reward": Vowels()}, "b": {"reward": Vowels(), "weight": 2.0}}
+    mix = Mix(parts=parts)
+    few = scored(rollouts[0].select(torch.arange(7)), mix)
+    assert torch.equal(few.scores, 3 * room.reward(few.prompts, few.completions))  # type: ignore[arg-type]
+    assert len(scored(rollouts[0].select(torch.arange(1)), mix)) == 1  # less than one for each
 
     # every process gets the whole of what they sample and score together, and the same
     drawn = scored(room.policy.sample(PROMPTS, SAMPLES), room.reward)

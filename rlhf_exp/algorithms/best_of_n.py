@@ -113,8 +113,8 @@ class BestOfN(Curves):
             trial.log_metrics(step, _metrics(rows, seconds))
             pool.append([row for row in rows if row.index in missing])
             step += 1
-            if trial.stopped() and step < steps:
-                raise Stopped(step, trial.directory, trial.signalled)
+            if (stopped := trial.stopped()) and step < steps:
+                raise Stopped(step, trial.directory, stopped)
         pool.finish()
         processes.first(lambda: self._estimate(pool.path, folder, policy, trial))
 
@@ -144,6 +144,7 @@ class BestOfN(Curves):
 
         spec = {"prompts": fingerprint(prompts), "samples": self.samples, "seed": trial.seed}
         spec |= {"prefix": policy.prefix, "sample_batch": policy.sample_batch}
+        spec |= {"processes": processes.count()}  # each draws from a generator of its own
         return len(prompts), block_size(self.samples, policy.sample_batch), take, spec
 
     def _from_file(self, path: Path, policy: Policy) -> tuple[int, int, Take, dict[str, Any]]:

@@ -25,7 +25,13 @@ from torch import Tensor
 
 from rlhf_exp import losses
 from rlhf_exp.algorithms.online import prompts_at
-from rlhf_exp.algorithms.trainer import TrainerAlgorithm, Training, completion_ids, mixed
+from rlhf_exp.algorithms.trainer import (
+    TrainerAlgorithm,
+    Training,
+    completion_ids,
+    mixed,
+    one_device,
+)
 from rlhf_exp.choices import require
 from rlhf_exp.data.local import read_jsonl, write_jsonl
 from rlhf_exp.data.rows import Dataset
@@ -185,17 +191,18 @@ class DPO(TrainerAlgorithm):
         from trl.trainer.dpo_trainer import DPOTrainer
 
         conservative = self.loss == "conservative"
+        arguments = DPOConfig(
+            output_dir=folder,
+            loss_type=["robust" if conservative else self.loss],
+            beta=self.beta,
+            label_smoothing=self.label_smoothing,
+            max_length=None,
+            precompute_ref_log_probs=True,
+            **self.arguments(policy, self.steps_on(len(rows)), seed),
+        )
         trainer = mixed(PairTraining, DPOTrainer)(
             model=policy.model,
-            args=DPOConfig(
-                output_dir=folder,
-                loss_type=["robust" if conservative else self.loss],
-                beta=self.beta,
-                label_smoothing=self.label_smoothing,
-                max_length=None,
-                precompute_ref_log_probs=True,
-                **self.arguments(policy, self.steps_on(len(rows)), seed),
-            ),
+            args=one_device(arguments),
             train_dataset=Rows.from_list(rows),
             eval_dataset=Rows.from_list(held_out) if held_out else None,
             processing_class=policy.tokenizer,

@@ -302,18 +302,19 @@ class PPO(Online):
             advantages[rows] = losses.whiten(advantages[rows], mask)
         count = mask.sum().clamp(min=1)
         sums: dict[str, Tensor] = {}
+        errors = [0.0]
         for batch, counts in divided_batches(rollouts, rows, self.token_budget):
             loss, stats = self._token_sums(rollouts, experience, advantages, batch)
             self.descent.backward(loss / count * counts)
+            errors.append(float(stats.pop("ppo/ratio_error")))
             sums = {k: sums.get(k, torch.zeros(())) + v * counts for k, v in stats.items()}
         sums = over_processes(sums)
-        ratio_error = float(sums.pop("ppo/ratio_error"))
         stats = {k: float(v / count) for k, v in sums.items()}
         guarded = self.ratio_guard is not None and stats["ppo/ratio"] > self.ratio_guard
         norm, finite = self.descent.step(hold=guarded)
         return stats | {
             "ppo/grad_norm": norm,
-            "ppo/ratio_error": ratio_error,
+            "ppo/ratio_error": max(processes.gather(max(errors))),
             "applied": float(finite),
         }
 

@@ -24,6 +24,7 @@ from rlhf_exp.algorithms.trainer import (
     Training,
     completion_ids,
     mixed,
+    one_device,
     scratch,
 )
 from rlhf_exp.artifacts import write_json
@@ -188,7 +189,9 @@ class SFT(TrainerAlgorithm):
         prepared = {"skip_prepare_dataset": True}
         return mixed(Training, SFTTrainer)(
             model=policy.model,
-            args=SFTConfig(output_dir=folder, max_length=None, dataset_kwargs=prepared, **told),
+            args=one_device(
+                SFTConfig(output_dir=folder, max_length=None, dataset_kwargs=prepared, **told)
+            ),
             train_dataset=rows[0],
             eval_dataset=rows[1],
             processing_class=policy.tokenizer,

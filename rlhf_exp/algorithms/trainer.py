@@ -280,6 +280,14 @@ def quiet(device: Any, seed: int) -> dict[str, Any]:
     }
 
 
+def one_device(arguments: Any) -> Any:
+    """A trainer's `arguments`, told that this process has one GPU at most: transformers would put
+    a model on all it sees, and multiply the batch.
+    """
+    arguments._n_gpu = min(1, arguments.n_gpu)
+    return arguments
+
+
 @contextmanager
 def scratch(policy: Policy) -> Iterator[str]:
     """A temporary folder for a trainer; what it hung in the place of `forward` is taken down after

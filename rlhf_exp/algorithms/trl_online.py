@@ -21,7 +21,7 @@ from torch import Tensor
 
 from rlhf_exp import losses, processes, weights
 from rlhf_exp.algorithms.online import prompts_at
-from rlhf_exp.algorithms.trainer import TrainerAlgorithm, Training, mixed
+from rlhf_exp.algorithms.trainer import TrainerAlgorithm, Training, mixed, one_device
 from rlhf_exp.choices import require
 from rlhf_exp.data.rows import Dataset
 from rlhf_exp.policy import Batch, Policy, Rollouts
@@ -138,30 +138,31 @@ class TRLOnline(TrainerAlgorithm):
         from datasets import Dataset as Rows
 
         config, trainer_class = self.library()
+        arguments = config(
+            output_dir=folder,
+            num_generations=self.samples,
+            num_iterations=self.iterations,
+            shuffle_dataset=False,
+            max_completion_length=policy.max_new_tokens,
+            temperature=policy.temperature,
+            top_k=policy.top_k,
+            top_p=policy.top_p,
+            generation_kwargs={
+                "min_new_tokens": policy.min_new_tokens or None,
+                "suppress_tokens": policy.control or None,
+            },
+            beta=0.0,  # or TRL would load a reference
+            epsilon=self.clip,
+            epsilon_high=self.clip_high,
+            mask_truncated_completions=self.mask_truncated,
+            disable_dropout=True,
+            **self.own_settings(),
+            **self.arguments(policy, self.steps * self.iterations, trial.seed),
+        )
         trainer = mixed(OnlineTraining, trainer_class)(
             model=policy.model,
             reward_funcs=judge,
-            args=config(
-                output_dir=folder,
-                num_generations=self.samples,
-                num_iterations=self.iterations,
-                shuffle_dataset=False,
-                max_completion_length=policy.max_new_tokens,
-                temperature=policy.temperature,
-                top_k=policy.top_k,
-                top_p=policy.top_p,
-                generation_kwargs={
-                    "min_new_tokens": policy.min_new_tokens or None,
-                    "suppress_tokens": policy.control or None,
-                },
-                beta=0.0,  # or TRL would load a reference
-                epsilon=self.clip,
-                epsilon_high=self.clip_high,
-                mask_truncated_completions=self.mask_truncated,
-                disable_dropout=True,
-                **self.own_settings(),
-                **self.arguments(policy, self.steps * self.iterations, trial.seed),
-            ),
+            args=one_device(arguments),
             train_dataset=Rows.from_dict({"prompt": prompts}),
             processing_class=policy.tokenizer,
         )

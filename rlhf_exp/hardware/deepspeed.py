@@ -26,7 +26,7 @@ class DeepSpeed(Hardware):
     def __post_init__(self) -> None:
         super().__post_init__()
         key = "hardware.deepspeed.zero_optimization.stage"
-        require(str(self.stage), ("0", "1", "2", "3"), key)
+        require(str(self.stage), ("1", "2", "3"), key)
         if self.offload_parameters and self.stage != 3:
             raise ValueError(
                 f"{key}={self.stage} keeps weights on the device: use stage 3, or remove "

@@ -52,6 +52,10 @@ class FSDP(Hardware):
         if not torch.cuda.is_available():
             raise ValueError("FSDP needs GPUs and torch sees none: use hardware=zero3 on a CPU")
         super().check()
+        raise ValueError(
+            "hardware=fsdp2 cannot sample and save policies yet: use hardware=zero3, which divides "
+            "the same"
+        )
 
     def plugin(self) -> Any:
         """Accelerate's FullyShardedDataParallelPlugin."""

@@ -98,10 +98,11 @@ def score(reward: Any, prompts: list[str], completions: list[str], name: str = "
     process asks about a part, and gets the whole.
     """
     if processes.count() == 1 or not completions:
-        return _score(reward, prompts, completions, name)
+        return ask(reward, prompts, completions, name)
     part = processes.share(len(completions))
     asked = prompts[part], completions[part]
-    mine = _score(reward, *asked, name) if asked[0] else None
+    with torch.random.fork_rng(_devices()):  # a reward may draw, each process as often as it likes
+        mine = ask(reward, *asked, name) if asked[0] else None
     found = [scores for scores in processes.gather(mine) if scores is not None]
 
     def joined(of: Callable[[Scores], dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -111,8 +112,14 @@ def score(reward: Any, prompts: list[str], completions: list[str], name: str = "
     return Scores(objective, joined(lambda s: s.members), joined(lambda s: s.facets))
 
 
-def _score(reward: Any, prompts: list[str], completions: list[str], name: str) -> Scores:
-    more = facets([reward], prompts, completions)
+def _devices() -> list[int]:
+    """The GPU that this process draws on, if any."""
+    return [torch.cuda.current_device()] if torch.cuda.is_available() else []
+
+
+def ask(reward: Any, prompts: list[str], completions: list[str], name: str = "reward") -> Scores:
+    """As `score`, by this process for itself: what a reward uses that is made of others."""
+    more = {k: v.cpu() for k, v in facets([reward], prompts, completions).items()}
     if isinstance(reward, HasMembers):
         members = {
             k: _checked(v, completions, f"{name} {k}")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rlhf_exp import losses
-from rlhf_exp.rewards import Fitting, Reward, facets, score
+from rlhf_exp.rewards import Fitting, Reward, ask, facets
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ class Ensemble(Reward):
     def member_scores(self, prompts: list[str], completions: list[str]) -> dict[str, Tensor]:
         """Each member's scores [n], by name."""
         return {
-            name: score(member, prompts, completions, f"reward {name}").objective
+            name: ask(member, prompts, completions, f"reward {name}").objective
             for name, member in self.members.items()
         }
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_exp.rewards import Fitting, Reward, facets, score
+from rlhf_exp.rewards import Fitting, Reward, ask, facets
 
 
 @dataclass(kw_only=True)
@@ -52,7 +52,7 @@ class Mix(Reward):
     def member_scores(self, prompts: list[str], completions: list[str]) -> dict[str, Tensor]:
         """Each part's unweighted scores [n], by name."""
         return {
-            name: score(part.reward, prompts, completions, name).objective
+            name: ask(part.reward, prompts, completions, name).objective
             for name, part in self.parts.items()
         }
 

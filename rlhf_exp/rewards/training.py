@@ -8,7 +8,7 @@ from trl.trainer.reward_config import RewardConfig
 from trl.trainer.reward_trainer import RewardTrainer
 
 from rlhf_exp import losses
-from rlhf_exp.algorithms.trainer import quiet
+from rlhf_exp.algorithms.trainer import one_device, quiet
 
 if TYPE_CHECKING:
     from rlhf_exp.rewards.pairwise import Pairwise
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def training_config(reward: "Pairwise", folder: Path, device: Any) -> RewardConfig:
     """The settings of `reward` in TRL's words."""
-    return RewardConfig(
+    found = RewardConfig(
         output_dir=str(folder / "trainer"),
         num_train_epochs=reward.epochs,
         learning_rate=reward.lr,
@@ -28,6 +28,7 @@ def training_config(reward: "Pairwise", folder: Path, device: Any) -> RewardConf
         disable_dropout=True,
         **quiet(device, reward.seed),
     )
+    return one_device(found)
 
 
 class RewardTraining(RewardTrainer):
