@@ -81,11 +81,11 @@ def resume(directory: Path) -> None:
         )
     from rlhf_exp.config import build
 
-    hardware = build(config["hardware"], "hardware")
-    os.environ.update(hardware.env())
+    hardware = build(config["hardware"], "hardware") if "hardware" in config else None
+    os.environ.update(hardware.env() if hardware is not None else {})
     from rlhf_exp.run import config_fingerprint
 
-    if about.get("fingerprint") != config_fingerprint(config):
+    if hardware is None or about.get("fingerprint") != config_fingerprint(config):
         raise ValueError(
             f"resume={directory}: run.json was edited or comes from elsewhere (its fingerprint "
             "does not fit)"

@@ -50,7 +50,7 @@ def accumulate(trained: Descent, step: int, *, spoilt: bool = False) -> None:
     parts = drawn[processes.share(ROWS)].split(1 + processes.rank())
     for i in range(max(processes.gather(len(parts)))):
         part, weight = (parts[i], 1.0) if i < len(parts) else (parts[-1], 0.0)
-        scale = weight * processes.count() / (ROWS * RESPONSE)
+        scale = weight / (ROWS * RESPONSE)
         broken = float("nan") if spoilt and processes.rank() == 1 else 1.0
         trained.backward(loss(trained, part) * scale * broken)
 

@@ -57,7 +57,9 @@ def test_ppo_in_bfloat16(lora: dict[str, Any] | None, tiny_base: Any) -> None:
         hardware=SimpleNamespace(mixed_precision="no"), **told,
     )  # fmt: skip
     hardware = Hardware(device="cuda")
-    trial: Any = SimpleNamespace(accelerator=hardware.accelerator(), reference=Reference(policy))
+    trial: Any = SimpleNamespace(
+        accelerator=hardware.accelerator(), reference=Reference(policy), mixed_precision="no"
+    )
     algo.setup(policy, None, None, trial)  # type: ignore[arg-type]
     plan = {p.name: p.total for p in memory._learning(job, {})}
     plan |= {p.name: p.total for p in memory._evaluation(job, {}, {})}

@@ -82,7 +82,9 @@ class Room:
             **told,
         )
         self.trial: Any = SimpleNamespace(
-            accelerator=Hardware().accelerator(), reference=Reference(self.policy)
+            mixed_precision="no",
+            accelerator=Hardware().accelerator(),
+            reference=Reference(self.policy),
         )
 
     def measured(self, call: Any, *held: Any) -> float:
@@ -164,6 +166,7 @@ def test_imitation_with_an_exact_kl(tiny_base: Any) -> None:
     algo = Imitation(steps=1, batch=16, minibatch=16, token_budget=300, kl_coef=0.1)
     room = Room(tiny_base, "llama", algo=algo)
     algo.setup(room.policy, None, Dataset(prompts=PROMPTS, held_out=PROMPTS), room.trial)
+    algo.prepare()
     rollouts, rows = room.rollouts(), torch.arange(16)
     examples = Examples(rollouts, torch.ones(16))
     algo._update(examples, rows)

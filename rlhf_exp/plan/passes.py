@@ -288,10 +288,9 @@ def looking_back(
 
 @torch.no_grad()
 def look_back(algo: PPO, batch: Batch, times: int, *, reusable: bool) -> None:
-    """What PPO.look_back makes of as many micro-batches; the logits of one stay until the next has
-    its own.
-    """
-    for _ in range(times):
+    """What PPO.look_back makes of as many micro-batches."""
+
+    def ask() -> None:
         with torch.set_grad_enabled(reusable):
             output = algo.descent.module(batch)
         algo.kept_forward = output if reusable else None
@@ -300,6 +299,9 @@ def look_back(algo: PPO, batch: Batch, times: int, *, reusable: bool) -> None:
         _asked(batch, algo.policy, logits, ref_logits)
         if algo.kl_estimator == "full":
             losses.full_kl(logits, ref_logits, algo.policy.temperature)
+
+    for _ in range(times):
+        ask()
 
 
 @learn.register
