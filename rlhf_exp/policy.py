@@ -92,6 +92,12 @@ def micro_batches(rollouts: Rollouts, rows: Tensor, token_budget: int) -> Iterat
     """Cut `rows` into batches of at most `token_budget` padded tokens each, sorted by length; a
     batch has one row at least.
     """
+    for part in _parted(rollouts, rows, token_budget):
+        yield cut(rollouts, part)
+
+
+def _parted(rollouts: Rollouts, rows: Tensor, token_budget: int) -> Iterator[list[int]]:
+    """The rows of each micro-batch."""
     width = rollouts.width
     responses: list[int] = rollouts.response.sum(1).long().tolist()
     prompts: list[int] = rollouts.mask[:, :width].sum(1).tolist()
@@ -105,7 +111,7 @@ def micro_batches(rollouts: Rollouts, rows: Tensor, token_budget: int) -> Iterat
             if end > start and (end - start + 1) * (p_next + r_next) > token_budget:
                 break
             p, r, end = p_next, r_next, end + 1
-        yield cut(rollouts, order[start:end])
+        yield order[start:end]
         start = end
 
 
@@ -116,12 +122,11 @@ def divided_batches(
     it only stands in, so that all processes ask the model equally often, as ZeRO-3 wants it.
     """
     everyone = range(processes.count())
-    parts = [
-        list(micro_batches(rollouts, rows[r :: len(everyone)], token_budget)) for r in everyone
-    ]
+    parts = [list(_parted(rollouts, rows[r :: len(everyone)], token_budget)) for r in everyone]
     own = parts[processes.rank()]
     for i in range(max(map(len, parts))):
-        yield (own[i], 1.0) if i < len(own) else ((own or parts[0])[0], 0.0)
+        stands_in = i >= len(own)
+        yield cut(rollouts, (own or parts[0])[0 if stands_in else i]), 0.0 if stands_in else 1.0
 
 
 @torch.no_grad()

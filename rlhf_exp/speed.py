@@ -3,6 +3,7 @@ share of it that is put to use (MFU).
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from rlhf_exp import processes
@@ -28,14 +29,19 @@ class Speed:
         found = {f"tokens_per_second/{phase}": tokens / seconds[phase] for phase in known}
         if self.peak_tflops is None or not known:
             return found
-        from rlhf_exp.plan.skeleton import count
         from rlhf_exp.plan.work import Texts, mfu, step_flops
 
         prompt = float(rollouts.mask[:, : rollouts.width].sum()) / len(rollouts)
         texts = Texts(len(rollouts), prompt, tokens / len(rollouts))
-        counts = count(self.policy.model, self.policy.quantization)
-        flops = step_flops(self.algorithm, counts, [], texts)
+        flops = step_flops(self.algorithm, self._counts, [], texts)
         return found | {
             f"mfu/{phase}": mfu(flops[phase], seconds[phase], self.peak_tflops, processes.count())
             for phase in known
         }
+
+    @cached_property
+    def _counts(self) -> Any:
+        """Of the policy's parameters, which are all there when the first step has been taken."""
+        from rlhf_exp.plan.skeleton import count
+
+        return count(self.policy.model, self.policy.quantization)

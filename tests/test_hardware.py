@@ -158,7 +158,10 @@ def test_fsdp_without_a_gpu() -> None:
             {"deepspeed": {"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}},
             r"stage=2 keeps weights on the device: use stage 3",
         ),
-        ({"mixed_precision": "fp16"}, r"fp16 is not for a CPU"),
+        (
+            {"deepspeed": {"zero_optimization": {"stage": 2}}, "mixed_precision": "fp16"},
+            r"fp16 is not for a CPU",
+        ),
     ],
 )
 def test_impossible_settings(settings: dict, message: str) -> None:

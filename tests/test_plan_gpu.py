@@ -54,7 +54,7 @@ def test_ppo_in_bfloat16(lora: dict[str, Any] | None, tiny_base: Any) -> None:
     job = Job(
         stages=[], skeleton=skeleton, policy=policy, algo=algo, prompts=asked, held_out=asked,
         evaluation=SimpleNamespace(prompts=32, samples=1), demonstrations=asked,
-        hardware=SimpleNamespace(mixed_precision="no"), **told,
+        hardware=Hardware(), **told,
     )  # fmt: skip
     hardware = Hardware(device="cuda")
     trial: Any = SimpleNamespace(

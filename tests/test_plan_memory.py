@@ -75,7 +75,7 @@ class Room:
             skeleton=skeleton,
             policy=self.policy,
             algo=algo,
-            hardware=SimpleNamespace(mixed_precision="no"),
+            hardware=Hardware(),
             prompts=asked,
             held_out=asked,
             demonstrations=asked,

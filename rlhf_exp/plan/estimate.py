@@ -55,18 +55,12 @@ def make(config: dict[str, Any], known: dict[str, Any] | None = None) -> Plan:
 
 
 def device_memory(job: Job) -> float | None:
-    """Bytes of the device of a process: as hardware.device_memory says, else of the GPU here; a
-    CPU's memory is shared by the processes of a node.
-    """
-    told = job.hardware_says("device_memory", None)
-    if told is not None:
-        return told * GIB
-    if job.hardware.device == "cpu":
+    """Bytes of the device of a process; a CPU's memory is shared by the processes of a node."""
+    known = job.hardware.memory()
+    if known is None and job.hardware.kind == "cpu":
         pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        return pages / job.hardware_says("processes", 1)
-    if not torch.cuda.is_available():
-        return None
-    return float(torch.cuda.get_device_properties(0).total_memory)
+        return pages / job.hardware.processes
+    return None if known is None else known * GIB
 
 
 # ---- speed
@@ -75,9 +69,9 @@ def device_memory(job: Job) -> float | None:
 def _rates(job: Job, planning: Planning) -> tuple[dict[str, float], str]:
     if planning.measured is not None:
         return _measured(Path(planning.measured).expanduser())
-    peak, source = job.hardware_says("peak_tflops", None), "hardware.peak_tflops"
+    peak, source = job.hardware.peak_tflops, "hardware.peak_tflops"
     if peak is None:
-        peak, source = _products_here(job.hardware.device), "matrix products measured here"
+        peak, source = _products_here(job.hardware.kind), "matrix products measured here"
     if peak is None:
         return {}, "no rate is known: give hardware.peak_tflops or planning.measured=<run>"
     shares = planning.utilization

@@ -18,6 +18,7 @@ from rlhf_exp.algorithms.best_of_n import BestOfN
 from rlhf_exp.algorithms.dpo import DPO
 from rlhf_exp.algorithms.imitation import Imitation
 from rlhf_exp.algorithms.ppo import PPO
+from rlhf_exp.algorithms.rest import ReST
 from rlhf_exp.algorithms.sft import SFT
 from rlhf_exp.algorithms.trainer import TrainerAlgorithm
 from rlhf_exp.algorithms.trl_online import TRLOnline
@@ -51,18 +52,14 @@ class Job:
     demonstrations: list[int]  # tokens of prompt and completion, shortest first
     known: dict[str, Parts] = field(default_factory=dict)  # passes traced before
 
-    def hardware_says(self, name: str, default: Any) -> Any:
-        """A field of the hardware, where it has one of that name."""
-        return getattr(self.hardware, name, default)
-
     @property
     def processes(self) -> int:
         """On all nodes together."""
-        return self.hardware_says("processes", 1) * self.hardware_says("nodes", 1)
+        return self.hardware.processes * self.hardware.nodes
 
     @property
     def mixed(self) -> str:
-        return self.hardware_says("mixed_precision", "no")
+        return self.hardware.mixed_precision
 
     def share(self, rows: int) -> int:
         """Of `rows`, those of one process."""
@@ -141,10 +138,10 @@ def held(job: Job, counts: Counts, *, trains: bool = True, whole: bool = False) 
     """The policy's weights, and the states of its optimizer if it `trains`; under ZeRO-3 with the
     weights that are gathered, all of them if `whole` (to sample).
     """
-    stage, count = job.hardware_says("stage", 0), job.processes
+    stage, count = job.hardware.stage, job.processes
     parts = {"weights": counts.bytes}
     if stage == 3:
-        shard = 0.0 if job.hardware_says("offload_parameters", False) else counts.bytes / count
+        shard = 0.0 if job.hardware.offload_parameters else counts.bytes / count
         gathered = 1.0 if whole else min(1.0, GATHERED / counts.total)
         parts["weights"] = shard + gathered * counts.bytes
     if trains:
@@ -153,20 +150,20 @@ def held(job: Job, counts: Counts, *, trains: bool = True, whole: bool = False) 
 
 
 def _states(job: Job, trained: int, size: float) -> float:
-    if job.hardware_says("stage", 0) == 0:
+    if job.hardware.stage == 0:
         return 2 * size
-    offloaded = job.hardware_says("offload_optimizer", False)
+    offloaded = job.hardware.offload_optimizer
     return 0.0 if offloaded else 12.0 * trained / job.processes
 
 
 def _divided(job: Job, counts: Counts, made: Parts) -> Parts:
     """What a backward pass made, with gradients as the processes keep and exchange them."""
-    stage = job.hardware_says("stage", 0)
+    stage = job.hardware.stage
     gradients = made.get("gradients", 0.0)
     if job.processes > 1 or stage:
         bucket = counts.trained_bytes * min(1.0, BUCKET / max(1, counts.trained))
         kept = gradients / job.processes if stage >= 2 else gradients
-        if stage >= 2 and job.hardware_says("offload_optimizer", False):
+        if stage >= 2 and job.hardware.offload_optimizer:
             kept = 0.0
         gradients = kept + (bucket if stage else counts.trained_bytes)
     return made | {"gradients": gradients}
@@ -181,7 +178,7 @@ def _standing(job: Job, *, whole: bool = False) -> Parts:
         parts["value head"] = 4.0 * size
         parts["optimizer"] += _states(job, size, 4.0 * size)
     parts["reference"] = _reference(job)
-    if getattr(job.algo, "kl_coef", 0) and type(job.algo).__name__ == "ReST":
+    if getattr(job.algo, "kl_coef", 0) and isinstance(job.algo, ReST):
         parts["reference"] += counts.bytes  # the behavior policy
     return parts | {s.name: s.bytes for s in job.scorers if s.bytes}
 
@@ -302,10 +299,7 @@ def _learning(job: Job, standing: Parts) -> Iterator[Phase]:
     count = job.share(algo.batch * algo.samples)
     if isinstance(algo, PPO):
         rows, prompt = job.widest(count, algo.token_budget)
-        again = rows < count
-        made = job.trace(
-            skeleton, passes.looking_back, algo, policy, rows, prompt, again, job.mixed
-        )
+        made = job.trace(skeleton, passes.looking_back, algo, policy, rows, prompt, job.mixed)
         yield Phase("align", "look-back", add(standing, made), "algo.token_budget")
     minibatch = job.share(min(algo.minibatch, algo.batch * algo.samples))
     rows, prompt = job.widest(minibatch, algo.token_budget)

@@ -11,7 +11,6 @@ are local models; temporaries of an algorithm outside its passes.
 import copy
 import warnings
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
 from functools import singledispatch
 from types import SimpleNamespace
 from typing import Any
@@ -259,7 +258,7 @@ def _(algo: PPO, policy: Policy, rows: int, prompt: int, again: bool, mixed: str
 
         def run(live: Live) -> None:
             if not again and algo.minibatch == algo.batch * algo.samples:
-                look_back(algo, batch, 1, reusable=True)
+                look_back(algo, batch, reusable=True)
             for _ in range(1 + again):
                 loss, _stats = algo._token_sums(rollouts, seen, seen.advantages, batch)
                 (loss / batch.mask.sum()).backward()
@@ -270,9 +269,7 @@ def _(algo: PPO, policy: Policy, rows: int, prompt: int, again: bool, mixed: str
     return work
 
 
-def looking_back(
-    algo: PPO, policy: Policy, rows: int, prompt: int, again: bool, mixed: str
-) -> Pass:
+def looking_back(algo: PPO, policy: Policy, rows: int, prompt: int, mixed: str) -> Pass:
     """Log-probabilities, values and KL of a micro-batch, no graph kept."""
     algo = copy.copy(algo)
 
@@ -281,27 +278,22 @@ def looking_back(
         algo.policy, algo.reference = policy, _reference(policy, model)
         algo.descent = SimpleNamespace(module=_precise(module, mixed))  # type: ignore[assignment]
         there = [*module.parameters(), *_held(batch), *_own(algo.reference, model)]
-        return there, lambda live: look_back(algo, batch, 1 + again, reusable=False)
+        return there, lambda live: look_back(algo, batch, reusable=False)
 
     return work
 
 
 @torch.no_grad()
-def look_back(algo: PPO, batch: Batch, times: int, *, reusable: bool) -> None:
-    """What PPO.look_back makes of as many micro-batches."""
-
-    def ask() -> None:
-        with torch.set_grad_enabled(reusable):
-            output = algo.descent.module(batch)
-        algo.kept_forward = output if reusable else None
-        logits = output[0].detach()
-        ref_logits = algo.reference.logits(batch)
-        _asked(batch, algo.policy, logits, ref_logits)
-        if algo.kl_estimator == "full":
-            losses.full_kl(logits, ref_logits, algo.policy.temperature)
-
-    for _ in range(times):
-        ask()
+def look_back(algo: PPO, batch: Batch, *, reusable: bool) -> None:
+    """What PPO.look_back makes of a micro-batch."""
+    with torch.set_grad_enabled(reusable):
+        output = algo.descent.module(batch)
+    algo.kept_forward = output if reusable else None
+    logits = output[0].detach()
+    ref_logits = algo.reference.logits(batch)
+    _asked(batch, algo.policy, logits, ref_logits)
+    if algo.kl_estimator == "full":
+        losses.full_kl(logits, ref_logits, algo.policy.temperature)
 
 
 @learn.register
@@ -414,7 +406,7 @@ def _precise(module: nn.Module, mixed: str) -> Callable[..., Any]:
     from accelerate.utils import convert_outputs_to_fp32
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        with torch.autocast("cpu", AUTOCAST[mixed]) if mixed in AUTOCAST else nullcontext():
+        with torch.autocast("cpu", AUTOCAST[mixed]):
             return module(*args, **kwargs)
 
     return convert_outputs_to_fp32(forward)
