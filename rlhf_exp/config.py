@@ -44,6 +44,7 @@ class Root:
     checkpoints: Any
     prepare: Any
     generations: Any
+    export: Any
 
 
 ROOT_KEYS = [f.name for f in fields(Root)]

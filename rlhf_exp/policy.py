@@ -433,9 +433,11 @@ class Policy:
             "control": self.control,
             "chat": self.chat,
             "base": self.source,
+            "dtype": self.dtype,
+            "quantization": self.quantization,
             "lora": self.lora is not None,
         }
-        if self.lora is not None and self.quantization is None:
+        if self.lora is not None:
             state["base_weights"] = weights.fingerprint(self.model)
         write_json(folder / "policy.json", state)
         if card:

@@ -33,8 +33,10 @@ from rlhf_exp.trial import Trial, seed_everything
 
 logger = logging.getLogger(__name__)
 
-STAGES = ("prepare", "sft", "preferences", "reward", "generate", "merge", "align", "evaluate")
-ALONE = ("prepare", "generate", "merge", "evaluate")  # done by the main process
+STAGES = (
+    "prepare", "sft", "preferences", "reward", "generate", "merge", "align", "evaluate", "export",
+)  # fmt: skip
+ALONE = ("prepare", "generate", "merge", "evaluate", "export")  # done by the main process
 
 
 def config_fingerprint(config: dict[str, Any]) -> str:
@@ -99,7 +101,9 @@ class Stages:
         self.settings, self.evaluation, self.checkpoints = (
             built[k] for k in ("preferences", "evaluation", "checkpoints")
         )
-        self.prepare, self.generations = built["prepare"], built["generations"]
+        self.prepare, self.generations, self.export = (
+            built[k] for k in ("prepare", "generations", "export")
+        )
         require(config["objective"], ROWS, "objective")
         if not 0 <= config["seed"] < 2**32:
             raise ValueError(f"seed={config['seed']} must be between 0 and 2**32 - 1")
@@ -134,7 +138,9 @@ class Stages:
         stages = self.config["stages"]
         if "align" in stages:
             self.algo.check(self.policy, self.data)
-        if set(stages) - {"prepare", "merge"}:  # these two need no policy
+        if "export" in stages and "align" not in stages:
+            self.export.source(self.directory)
+        if set(stages) - {"prepare", "merge", "export"}:  # these need no policy of this config
             self.policy.check_prompts(self.data.prompts + self.data.held_out, self.base)
         for name in stages:
             logger.info("stage %s", name)
@@ -327,3 +333,6 @@ class Stages:
         draw(self.directory)
         write_json(self.directory / "summary.json", table)
         print(as_table(table))
+
+    def run_export(self) -> None:
+        self.export.write(self.directory, self.device)

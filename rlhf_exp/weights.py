@@ -6,6 +6,7 @@ transformers is imported inside the functions, because it costs seconds.
 
 import hashlib
 import json
+import warnings
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -378,36 +379,55 @@ def merge_adapter(model, folder: str, base: str):
     """`model` with the adapter at `folder` folded in; refused if the adapter was trained on other
     weights.
     """
-    from peft import PeftModel
-
     path = Path(folder)
     if not (path / "adapter_config.json").exists():
         raise FileNotFoundError(f"policy.adapter={folder} holds no adapter_config.json")
-    made_by_us = path / "policy.json"
-    if made_by_us.exists():
-        expected = json.loads(made_by_us.read_text()).get("base_weights")
+    require_base(model, path, base)
+    return with_adapter(model, path).merge_and_unload()
+
+
+def with_adapter(model, folder: Path):
+    """`model` under the adapter at `folder`, as it was trained: norms and head of a quantized model
+    in float32.
+    """
+    from peft import PeftModel, prepare_model_for_kbit_training
+
+    if getattr(model, "is_quantized", False):
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    with warnings.catch_warnings():  # peft sees by itself which way round GPT-2 keeps its weights
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set")
+        return PeftModel.from_pretrained(model, folder)
+
+
+def require_base(model, folder: Path, base: str) -> None:
+    """ValueError if the adapter at `folder` was trained on other weights than `model`, which came
+    from `base`.
+    """
+    if (folder / "policy.json").exists():
+        expected = saved_settings(folder).get("base_weights")
         if expected is not None and expected != fingerprint(model):
             raise ValueError(
-                f"policy.adapter={folder} was trained on other weights than {base}: give the base "
-                "it names"
+                f"the adapter {folder} was trained on other weights than {base}: give the base it "
+                "names"
             )
-    else:
-        recorded = json.loads((path / "adapter_config.json").read_text()).get(
-            "base_model_name_or_path"
+        return
+    recorded = json.loads((folder / "adapter_config.json").read_text()).get(
+        "base_model_name_or_path"
+    )
+    if recorded not in (None, base) and Path(recorded).name != Path(base).name:
+        raise ValueError(
+            f"the adapter {folder} was trained on {recorded}, not on {base}: give that as "
+            "policy.path"
         )
-        if recorded not in (None, base) and Path(recorded).name != Path(base).name:
-            raise ValueError(
-                f"policy.adapter={folder} was trained on {recorded}, not on {base}: give that as "
-                "policy.path"
-            )
-    return PeftModel.from_pretrained(model, folder).merge_and_unload()
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Identity of the weights below any adapter: parameter names, shapes and first values."""
+    """Identity of the weights below any adapter: names, shapes and first values of the parameters
+    that are not quantized.
+    """
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
-        if "lora_" in name:
+        if "lora_" in name or not parameter.is_floating_point():
             continue
         name = name.removeprefix("base_model.model.").replace(".base_layer", "")
         values = parameter.detach().flatten()[:64].float().cpu().numpy().tobytes()
