@@ -102,12 +102,16 @@ def cli() -> None:
     if code := guarded(processes.join):
         processes.leave(code)
     wanted = [a.removeprefix("resume=") for a in sys.argv[1:] if a.startswith("resume=")]
-    if wanted and len(sys.argv) > 2:
-        sys.exit("error: resume=<run directory> takes its settings from the run and stands alone")
+    others = [a for a in sys.argv[1:] if not a.startswith("resume=")]
+    if wanted and not all(a.startswith(("hardware=", "hardware.")) for a in others):
+        sys.exit(
+            "error: resume=<run directory> takes its settings from the run; hardware alone may be "
+            "given anew beside it"
+        )
     if wanted:
         from rlhf_exp.worker import resume
 
-        processes.leave(guarded(lambda: resume(Path(wanted[0]).absolute())))
+        processes.leave(guarded(lambda: resume(Path(wanted[0]).absolute(), others)))
     processes.leave(guarded(compose_and_run))
 
 

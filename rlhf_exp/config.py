@@ -5,12 +5,12 @@ schema.
 import importlib
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from hydra.errors import InstantiationException
+from hydra.errors import HydraException, InstantiationException
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -144,6 +144,28 @@ def imported(reference: str, key: str) -> Callable[..., Any]:
     if not callable(found):
         raise ValueError(f"{key}={reference} is not a function")
     return found
+
+
+def overridden(group: str, node: dict[str, Any], arguments: Sequence[str]) -> dict[str, Any]:
+    """What the overrides `arguments`, all of them of `group`, make of its `node`: another option,
+    other values. ValueError as on the command line.
+    """
+    from hydra import compose, initialize_config_dir
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    option = [a for a in arguments if a.startswith(f"{group}=")]
+    values = [a for a in arguments if not a.startswith(f"{group}=")]
+    try:
+        with initialize_config_dir(str(conf_directory()), version_base="1.3"):
+            config = compose("config", overrides=option)
+        if not option:
+            OmegaConf.update(config, group, node, merge=False)
+        for override in OverridesParser.create().parse_overrides(values):
+            OmegaConf.update(config, override.key_or_group, override.value())
+        check(config)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(explain(error, list(arguments))) from None
+    return resolved(config)[group]
 
 
 def explain(error: Exception, arguments: list[str]) -> str:

@@ -90,8 +90,10 @@ class Stages:
         self.config = config = self.about["config"]
         for name in config["stages"]:
             require(name, STAGES, "stages")
+        # a run that was resumed elsewhere keeps its config
+        nodes = config | {"hardware": self.about.get("continued_on", [config["hardware"]])[-1]}
         built = {
-            k: build(v, k) for k, v in config.items() if isinstance(v, dict) and "_target_" in v
+            k: build(v, k) for k, v in nodes.items() if isinstance(v, dict) and "_target_" in v
         }
         self.policy: Policy = built["policy"]
         self.source, self.labeller, self.reward, self.gold = (

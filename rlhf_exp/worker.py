@@ -14,7 +14,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -62,8 +62,10 @@ def _log_to(path: Path) -> None:
     logger.addHandler(file)
 
 
-def resume(directory: Path) -> None:
-    """Continue the run in `directory`; ValueError if it is finished or not one of ours."""
+def resume(directory: Path, arguments: Sequence[str] = ()) -> None:
+    """Continue the run in `directory`, on the hardware it ran on last or as `arguments` change it;
+    ValueError if it is finished or not one of ours.
+    """
     if not (directory / "run.json").is_file():
         raise FileNotFoundError(
             f"resume={directory}: no run.json there, so it is not a run directory of rlhf_exp"
@@ -79,10 +81,14 @@ def resume(directory: Path) -> None:
         raise ValueError(
             f"resume={directory}: this run is finished; its results are in summary.json"
         )
-    from rlhf_exp.config import build
+    from rlhf_exp.config import build, overridden
 
-    hardware = build(config["hardware"], "hardware") if "hardware" in config else None
+    node = about.get("continued_on", [config.get("hardware")])[-1]
+    if arguments and node is not None:
+        node = overridden("hardware", node, arguments)
+    hardware = build(node, "hardware") if node is not None else None
     os.environ.update(hardware.env() if hardware is not None else {})
+    from rlhf_exp.artifacts import write_json
     from rlhf_exp.run import config_fingerprint
 
     if hardware is None or about.get("fingerprint") != config_fingerprint(config):
@@ -91,6 +97,9 @@ def resume(directory: Path) -> None:
             "does not fit)"
         )
     hardware.check()
+    if arguments:
+        about["continued_on"] = [*about.get("continued_on", []), node]
+        processes.first(lambda: write_json(directory / "run.json", about))
     hardware.launch(directory, isolated=False)
 
 

@@ -39,7 +39,7 @@ def write_prompts(folder: Path, *lines: Any) -> None:
         (["algo.steps=many"], ["algo.steps", "many", "Integer"]),
         (["data=local"], ["data.prompts"]),
         (["algo.steps=[3"], ["algo.steps=[3"]),
-        (["resume=nowhere", "seed=1"], ["resume=", "stands alone"]),
+        (["resume=nowhere", "seed=1"], ["resume=", "hardware alone may be"]),
     ],
 )
 def test_a_wrong_word_on_the_command_line(

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from rlhf_exp import processes
-from rlhf_exp.config import build, conf_directory, resolved
+from rlhf_exp.config import build, conf_directory, overridden, resolved
 from rlhf_exp.hardware import Hardware, launch
 from rlhf_exp.hardware.deepspeed import DeepSpeed
 from rlhf_exp.hardware.fsdp import FSDP
@@ -283,3 +284,30 @@ def _state(pid: int) -> str:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except FileNotFoundError:
         return "Z"
+
+
+# ---- what a resumed run may change
+
+
+def test_overrides_of_a_hardware_that_is_written_down() -> None:
+    written = {"_target_": "rlhf_exp.hardware.Hardware", **asdict(Hardware(processes=2))}
+    more = overridden("hardware", written, ["hardware.processes=4", "hardware.timeout=60"])
+    assert more == written | {"processes": 4, "timeout": 60}
+    other = overridden("hardware", written, ["hardware=zero2", "hardware.processes=1"])
+    assert other["deepspeed"]["zero_optimization"]["stage"] == 2
+    assert other["processes"] == 1
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("hardware=zero9", "hardware=zero9 is not an option; there are .* did you mean zero"),
+        ("hardware.processs=2", "hardware.processs is not a setting.*hardware.processes"),
+        ("hardware.processes=many", "hardware.processes: .*many"),
+        ("hardware.processes=[2", "cannot be read as an override"),
+    ],
+)
+def test_overrides_that_cannot_be(argument: str, message: str) -> None:
+    written = {"_target_": "rlhf_exp.hardware.Hardware", **asdict(Hardware())}
+    with pytest.raises(ValueError, match=message):
+        overridden("hardware", written, [argument])

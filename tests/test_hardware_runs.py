@@ -106,8 +106,12 @@ def test_stopped_and_resumed(artifacts: Path, tmp_path: Path) -> None:
     verify(max((directory / "checkpoints").glob("step-*")))
     assert not (directory / "policy").exists()
 
-    done = command_line(f"resume={directory}", cwd=tmp_path)
+    elsewhere = ["hardware=zero3", "hardware.processes=2", WHOLE]
+    done = command_line(f"resume={directory}", *elsewhere, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    about = json.loads((directory / "run.json").read_text())
+    assert about["config"]["hardware"]["deepspeed"]["zero_optimization"]["stage"] == 2
+    assert about["continued_on"][-1]["deepspeed"]["zero_optimization"]["stage"] == 3
     steps = [r["step"] for r in rows(metrics) if "reward/proxy" in r]
     assert steps == list(range(6))
     assert json.loads((directory / "summary.json").read_text())["step"] == 6
@@ -180,7 +184,7 @@ def test_dpo_in_two_processes_is_that_of_one_and_resumes(artifacts: Path, tmp_pa
     done = command_line(*asked, *where, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     again = rewound(two, tmp_path / "again", 2)
-    done = command_line(f"resume={again}", cwd=tmp_path)
+    done = command_line(f"resume={again}", "hardware=cpu", cwd=tmp_path)  # in one process
     assert done.returncode == 0, done.stderr
 
     def told(run: Path) -> list[list[float]]:
@@ -191,5 +195,6 @@ def test_dpo_in_two_processes_is_that_of_one_and_resumes(artifacts: Path, tmp_pa
         ]
 
     assert len(told(two)) == 4
+    assert len(torch.load(max(again.glob("checkpoints/*/state.pt")))["random"]) == 1
     for run in (two, again):
         assert np.allclose(told(run), told(tmp_path / "one"), atol=2e-4), run
