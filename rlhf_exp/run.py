@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from rlhf_exp import __version__, processes
+from rlhf_exp import __version__, frozen, processes
 from rlhf_exp.artifacts import Store, fingerprint, write_directory, write_json
 from rlhf_exp.choices import require
 from rlhf_exp.config import build
@@ -275,6 +275,10 @@ class Stages:
 
     def run_align(self) -> None:
         self._fit_rewards()
+        with frozen.placed(self.hardware.frozen):
+            self._align()
+
+    def _align(self) -> None:
         seed_everything(self.config["seed"])  # adapters and value heads are drawn from here on
         self.policy.load(self.start, trainable=True, device=self.device)
         self.reward.load(self.device)

@@ -6,10 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from lab import DATA, PROMPTS, SHAPE, Lab, Vowels, seed_everything
 
-from rlhf_exp import processes
+from rlhf_exp import frozen, processes
 from rlhf_exp.algorithms.conditional import Conditional
 from rlhf_exp.algorithms.labels import Quantiles
 from rlhf_exp.algorithms.ppo import PPO
@@ -18,7 +19,8 @@ from rlhf_exp.artifacts import Store
 from rlhf_exp.hardware import Hardware
 from rlhf_exp.hardware.deepspeed import DeepSpeed
 from rlhf_exp.hardware.engine import whole
-from rlhf_exp.policy import Policy, Rollouts
+from rlhf_exp.policy import Policy, Rollouts, cut, response_logits
+from rlhf_exp.reference import Reference
 from rlhf_exp.rewards import scored
 from rlhf_exp.rewards.mix import Mix
 
@@ -69,6 +71,34 @@ def learned(name: str, room: Lab, rollouts: list[Rollouts]) -> tuple[dict[str, A
     algorithm.setup(room.policy, room.reward, DATA, room.trial)
     metrics = [algorithm.learn(r, step) for step, r in enumerate(rollouts)]
     return metrics[-1], room.policy.trainable_state()
+
+
+def shards(folder: Path) -> None:
+    """Assert that models divided among two processes answer as whole ones do."""
+    base = Policy(architecture=dict(SHAPE), vocabulary=300).base(Store(folder / "store"), PROMPTS)
+    for settings in ({}, {"train_top": 1}):
+        policy = Policy(path=str(base), sft=False, max_new_tokens=8, **settings)
+        policy.load(base, trainable=True)
+        torch.manual_seed(0)
+        rollouts = policy.assemble(PROMPTS, [[5, 6, 7]] * len(PROMPTS))
+        batch = cut(rollouts, list(range(len(PROMPTS))))
+        before = response_logits(policy.model, batch)[0]
+        whole_reference = Reference(policy)
+        with frozen.placed("sharded"):
+            reference = Reference(policy)
+        kept = reference.kind.frozen
+        own = sum(shape.numel() for shape in kept.shapes)
+        assert 0 < own <= sum(p.numel() for p in policy.model.parameters())
+        assert abs(sum(part.numel() for part in kept.kept) - own / 2) < len(kept.kept)
+        assert sum(p.numel() for p in kept.parameters) == 0
+        assert torch.equal(response_logits(policy.model, batch)[0], before)  # it kept its own
+        with reference.ready():
+            assert torch.equal(reference.logits(batch), whole_reference.logits(batch))
+            assert sum(p.numel() for p in kept.parameters) == own
+        assert sum(p.numel() for p in kept.parameters) == 0
+        assert torch.equal(reference.logits(batch), whole_reference.logits(batch))
+        with processes.alone(), pytest.raises(ValueError, match="frozen=offloaded"):
+            reference.logits(batch)
 
 
 def compare(folder: Path, name: str, stage: int) -> None:

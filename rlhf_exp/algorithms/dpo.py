@@ -300,7 +300,8 @@ class DPO(TrainerAlgorithm):
                 rollouts = policy.assemble(
                     [row["prompt"] for row in rows], [row[f"{side}_ids"] for row in rows]
                 )
-                values = sequence_logprobs(ask, rollouts).tolist()
+                with trial.reference.ready():
+                    values = sequence_logprobs(ask, rollouts).tolist()
             for row, value in zip(rows, values, strict=True):
                 row[f"ref_{side}_logps"] = value
 

@@ -248,7 +248,8 @@ class PPO(Online):
                 penalty = losses.kl_estimate(new, ref, self.kl_estimator)
             return new, value, penalty, new - ref
 
-        logprobs, values, kl, log_ratio = by_token(rollouts, self.token_budget, ask)
+        with self.reference.ready():
+            logprobs, values, kl, log_ratio = by_token(rollouts, self.token_budget, ask)
         if not kl.isfinite().all():
             raise ValueError(
                 "the KL to the reference is no longer finite: start again with a lower algo.lr, or "

@@ -136,7 +136,7 @@ def against_reference(
         )
         return new - ref, -losses.selective_log_softmax(ref_logits, batch.response_ids)
 
-    with policy.whole():
+    with policy.whole(), reference.ready():
         found, nll = by_token(rollouts, MAX_ROLLOUT_TOKENS, ask)
     return found.cpu(), (nll.sum(1) / rollouts.response.sum(1).clamp(min=1)).cpu()
 

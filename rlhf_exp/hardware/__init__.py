@@ -13,6 +13,8 @@ from typing import Any
 from rlhf_exp import processes
 from rlhf_exp.choices import require
 
+PLACEMENTS = ("replicated", "offloaded", "sharded")  # frozen.py says what they mean
+
 
 @dataclass(kw_only=True)
 class Hardware:
@@ -23,6 +25,8 @@ class Hardware:
     nodes: int = 1  # more than one are started by srun or torchrun
     threads: int | None = None  # CPU threads of a process; null: the cores, divided
     mixed_precision: str = "no"  # no, bf16 or fp16: what matrices are multiplied in
+    # where models lie that are asked and never trained: replicated, offloaded or sharded
+    frozen: str = "replicated"
     timeout: int = 1800  # seconds after which a collective counts as hanging
     device_memory: float | None = None  # GiB of one device; null: what torch finds here
     peak_tflops: float | None = None  # dense bf16 TFLOP/s of one device; null: unknown
@@ -31,6 +35,7 @@ class Hardware:
         if self.device is not None:
             require(self.device, ("cpu", "cuda"), "hardware.device")
         require(self.mixed_precision, ("no", "bf16", "fp16"), "hardware.mixed_precision")
+        require(self.frozen, PLACEMENTS, "hardware.frozen")
         for name in ("processes", "nodes", "timeout", "threads"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -11,7 +11,7 @@ import json
 import logging
 import math
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_exp import tokens, weights
+from rlhf_exp import frozen, tokens, weights
 from rlhf_exp.artifacts import write_json
 from rlhf_exp.choices import require
 from rlhf_exp.data.rows import subject
@@ -122,7 +122,7 @@ class Reader:
         if self.layers is not None and not self.layers:
             raise ValueError("reward.model.layers is empty: name at least one, or null for all")
 
-        self._opened: tuple[str, str, int] | None = None
+        self._opened: tuple[str, str, int, str] | None = None
         self._last: tuple[Any, Any] | None = None  # what was read last, and what came of it
 
     # ---- the model
@@ -131,10 +131,12 @@ class Reader:
         """Load tokenizer and model; `shared` is a live model over the weights at `source`, whose
         adapters are switched off while it is read. Opening the same again is free.
         """
-        if self._opened == (str(source), str(device), id(shared)):
+        if self._opened == (str(source), str(device), id(shared), frozen.placement()):
             return
         self._opened = self._last = None
-        self.model: Any = None  # a model opened before makes room first
+        # a model opened before makes room first
+        self.model: Any = None
+        self.frozen: frozen.Frozen | None = None
         from transformers import AutoConfig, AutoTokenizer
         from transformers import logging as hf_logging
 
@@ -151,9 +153,12 @@ class Reader:
                 source, dtype=getattr(torch, self.dtype)
             )
             weights.fit_pad(model, self.tokenizer)
-            self.model = model.to(device).eval().requires_grad_(False)
+            self.model = model.eval().requires_grad_(False)
+            self.fingerprint = weights.fingerprint(model)
+            self.frozen = frozen.Frozen(model, device)
         else:
             self.model = shared.get_base_model() if self.shared is not None else shared
+            self.fingerprint = weights.fingerprint(self.model)
         limits = [self.max_length, self.tokenizer.model_max_length]
         limits.append(getattr(config, "max_position_embeddings", None))
         limits.append(_positions(self.model))
@@ -163,7 +168,7 @@ class Reader:
             self.depth = getattr(config, "num_decoder_layers", None) or self.depth
         if odd := [n for n in self.layers or [] if not 0 <= n <= self.depth]:
             raise ValueError(f"model.layers={odd}: the model at {source} has layers 0-{self.depth}")
-        self._opened = str(source), str(device), id(shared)
+        self._opened = str(source), str(device), id(shared), frozen.placement()
 
     @property
     def wanted(self) -> list[int]:
@@ -185,7 +190,7 @@ class Reader:
         prompts = [subject(row[0].fields) for row in pairs]
         number = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
         groups = [number[prompt] for prompt in prompts]
-        about = {"cut": cut, "weights": weights.fingerprint(self.model), "groups": groups}
+        about = {"cut": cut, "weights": self.fingerprint, "groups": groups}
         return States(hidden, torch.tensor(labels), lm, about)
 
     @torch.no_grad()
@@ -198,14 +203,15 @@ class Reader:
         """
         flat = [contrast for row in pairs for contrast in row]
         asked = ([contrast.texts() for contrast in flat], layers, lm, self.token)
-        if self._last is not None and self._last[0] == asked:  # another probe on the same states
+        # another probe on the same states; of a sharded model all processes must ask alike
+        if self._last and self._last[0] == asked and frozen.placement() != "sharded":
             return self._last[1]
         encoded, cut = self._fitting(flat)
-        device = self.model.device
+        device = self.frozen.device if self.frozen is not None else self.model.device
         found: dict[int, list[Tensor]] = {layer: [] for layer in layers}
         scores: list[Tensor] = []
         order: list[int] = []
-        with self.shared.disable_adapter() if self.shared is not None else nullcontext():
+        with self._ready():
             for rows in self._batches(encoded):
                 states, scored = self._forward([encoded[i] for i in rows], layers, device, lm)
                 for layer in layers:
@@ -221,6 +227,12 @@ class Reader:
         if not lm:  # scoring, not fitting
             self._last = asked, (hidden, scored, cut)
         return hidden, scored, cut
+
+    def _ready(self) -> AbstractContextManager[Any]:
+        """A block in which the model can be asked."""
+        if self.shared is not None:
+            return self.shared.disable_adapter()
+        return self.frozen.ready() if self.frozen is not None else nullcontext()
 
     def _kept(self, x: Tensor, layer: int) -> Tensor:
         kept = x.to(getattr(torch, self.store)).cpu()

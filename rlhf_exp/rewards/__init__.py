@@ -97,7 +97,7 @@ def score(reward: Any, prompts: list[str], completions: list[str], name: str = "
     """Ask `reward` once; ValueError if the answer is not one finite number per completion. Each
     process asks about a part, and gets the whole.
     """
-    if processes.count() == 1 or not completions:
+    if len(completions) < processes.count() or processes.count() == 1:  # not enough to divide
         return ask(reward, prompts, completions, name)
     part = processes.share(len(completions))
     asked = prompts[part], completions[part]

@@ -23,6 +23,7 @@ from rlhf_exp import __version__, tokens, weights
 from rlhf_exp.artifacts import fingerprint, write_json
 from rlhf_exp.choices import require
 from rlhf_exp.data.local import read_jsonl
+from rlhf_exp.frozen import Frozen
 from rlhf_exp.rewards import Fitting, Reward
 
 logger = logging.getLogger(__name__)
@@ -230,7 +231,8 @@ class Pairwise(Reward):
         if (folder / "backbone.json").exists():
             source = json.loads((folder / "backbone.json").read_text())["path"]
         self.tokenizer = self._tokenizer(source)
-        self.model = self._classifier(source, self.tokenizer).to(device).eval()
+        self.model = self._classifier(source, self.tokenizer).eval()
+        self.frozen = Frozen(self.model, device)
         self.mean, self.std = 0.0, 1.0
         if standardise and (folder / STATISTICS).exists():
             statistics = json.loads((folder / STATISTICS).read_text())
@@ -247,16 +249,16 @@ class Pairwise(Reward):
 
     @torch.no_grad()
     def __call__(self, prompts: list[str], completions: list[str]) -> Tensor:
-        device = next(self.model.parameters()).device
         end = self.tokenizer.eos_token or ""
         texts = [text + end for text in self._texts(prompts, completions)]
         encoded = self.tokenizer(texts, truncation=True, max_length=self.max_length)["input_ids"]
         scores = torch.empty(len(texts))
-        for rows in tokens.batches_by_length(list(map(len, encoded)), self.token_budget):
-            padded = self.tokenizer.pad(
-                {"input_ids": [encoded[i] for i in rows]}, return_tensors="pt"
-            ).to(device)
-            scores[rows] = self._forward(padded["input_ids"], padded["attention_mask"])
+        with self.frozen.ready():
+            for rows in tokens.batches_by_length(list(map(len, encoded)), self.token_budget):
+                padded = self.tokenizer.pad(
+                    {"input_ids": [encoded[i] for i in rows]}, return_tensors="pt"
+                ).to(self.frozen.device)
+                scores[rows] = self._forward(padded["input_ids"], padded["attention_mask"])
         return (scores - self.mean) / self.std
 
     def _forward(self, ids: Tensor, mask: Tensor) -> Tensor:

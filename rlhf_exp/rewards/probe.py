@@ -391,7 +391,7 @@ class Probe(Reward):
                 lowest,
             )
         self.model.open(self.source, device, self.trained.model if self.model.share else None)
-        if weights.fingerprint(self.model.model) != record["weights"]:
+        if self.model.fingerprint != record["weights"]:
             raise ValueError(
                 f"the probe at {self.folder} was fitted on {record['model']['source']} and the "
                 f"weights at {self.source} are others: give that model, or fit again"

@@ -19,6 +19,7 @@ from rlhf_exp import weights
 from rlhf_exp.choices import require
 from rlhf_exp.config import imported
 from rlhf_exp.data.local import require_file
+from rlhf_exp.frozen import Frozen
 from rlhf_exp.rewards import Fitting, Reward
 from rlhf_exp.tokens import batches_by_length
 
@@ -182,7 +183,8 @@ class Classifier:
             source, dtype=getattr(torch, settings.dtype)
         )
         weights.fit_pad(model, self.tokenizer)
-        self.model = model.to(device).eval().requires_grad_(False)
+        self.model = model.eval().requires_grad_(False)
+        self.frozen = Frozen(self.model, device)
         kind = getattr(model.config, "problem_type", None)
         self.independent = model.config.num_labels == 1 or kind == "multi_label_classification"
         context = weights.context_length(source) or 10**9
@@ -194,11 +196,14 @@ class Classifier:
         ids = self.tokenizer(texts, truncation=True, max_length=self.limit)["input_ids"]
         ids = [i or [self.tokenizer.eos_token_id] for i in ids]  # of an empty text
         found = torch.zeros(len(texts))
-        for batch in batches_by_length([len(i) for i in ids], self.token_budget):
-            padded = self.tokenizer.pad({"input_ids": [ids[i] for i in batch]}, return_tensors="pt")
-            logits = self.model(**padded.to(self.model.device)).logits.float()  # [b, labels]
-            shares = logits.sigmoid() if self.independent else logits.softmax(-1)
-            found[batch] = shares[:, self.index].cpu()
+        with self.frozen.ready():
+            for batch in batches_by_length([len(i) for i in ids], self.token_budget):
+                padded = self.tokenizer.pad(
+                    {"input_ids": [ids[i] for i in batch]}, return_tensors="pt"
+                )
+                logits = self.model(**padded.to(self.frozen.device)).logits.float()  # [b, labels]
+                shares = logits.sigmoid() if self.independent else logits.softmax(-1)
+                found[batch] = shares[:, self.index].cpu()
         return found.tolist()
 
 
