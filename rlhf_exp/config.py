@@ -6,7 +6,9 @@ import importlib
 import re
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -104,13 +106,21 @@ def _check_fields(node: DictConfig, schema: Any, prefix: str) -> None:
     plain = {
         k: OmegaConf.to_container(v) if OmegaConf.is_config(v) else v for k, v in values.items()
     }
-    empty = OmegaConf.structured(schema)  # the slow part
-    for name, value in plain.items():
+    with suppress(OmegaConfBaseException):
+        OmegaConf.merge(_typed(schema), plain)
+        return
+    for name, value in plain.items():  # one by one, to tell which it is
         try:
-            OmegaConf.merge(empty, {name: value})
+            OmegaConf.merge(_typed(schema), {name: value})
         except OmegaConfBaseException as error:
             where = getattr(error, "full_key", None) or name
             raise ValueError(f"{prefix}{where}: {str(error).splitlines()[0]}") from None
+
+
+@cache
+def _typed(schema: Any) -> Any:
+    """An empty config of the dataclass `schema`, which is slow to make."""
+    return OmegaConf.structured(schema)
 
 
 def build(node: Any, key: str) -> Any:
