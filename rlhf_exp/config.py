@@ -38,6 +38,7 @@ class Root:
     algo: Any
     sft: Any
     hardware: Any
+    sampler: Any
     tracker: Any
     preferences: Any
     evaluation: Any

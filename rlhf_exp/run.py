@@ -28,6 +28,7 @@ from rlhf_exp.policy import Policy
 from rlhf_exp.reference import Reference
 from rlhf_exp.report.text import ROWS, as_table, model_card
 from rlhf_exp.rewards import Fitting
+from rlhf_exp.samplers import Sampler
 from rlhf_exp.tracking import Log
 from rlhf_exp.trial import Trial, seed_everything
 
@@ -100,6 +101,7 @@ class Stages:
             built[k] for k in ("preferences", "evaluation", "checkpoints")
         )
         self.prepare, self.generations = built["prepare"], built["generations"]
+        self.sampler: Sampler = built["sampler"]
         require(config["objective"], ROWS, "objective")
         if not 0 <= config["seed"] < 2**32:
             raise ValueError(f"seed={config['seed']} must be between 0 and 2**32 - 1")
@@ -136,6 +138,8 @@ class Stages:
             self.algo.check(self.policy, self.data)
         if set(stages) - {"prepare", "merge"}:  # these two need no policy
             self.policy.check_prompts(self.data.prompts + self.data.held_out, self.base)
+        if "align" in stages:
+            self.sampler.check(self.policy, self.algo, self.data.prompts + self.data.held_out)
         for name in stages:
             logger.info("stage %s", name)
             stage = getattr(self, f"run_{name}")
@@ -269,6 +273,8 @@ class Stages:
         self._fit_rewards()
         seed_everything(self.config["seed"])  # adapters and value heads are drawn from here on
         self.policy.load(self.start, trainable=True, device=self.device)
+        self.sampler.open(self.directory)
+        self.policy.sampler = self.sampler
         self.reward.load(self.device)
         self.gold.load(self.device)
         accelerator = self.hardware.accelerator()
