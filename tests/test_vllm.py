@@ -417,19 +417,15 @@ def test_run_that_loses_its_server_keeps_a_checkpoint(
 
 
 @pytest.mark.slow
-def test_run_trains_an_adapter_through_a_server(artifacts: Path, tmp_path: Path) -> None:
-    policy = "policy.lora={r: 4, target_modules: [c_attn], fan_in_fan_out: true}"
-    known = set((artifacts / "sft").glob("policy-*"))
-    assert (
-        inside(
-            tmp_path / "sft", "experiment=debug", "stages=[sft]", policy, f"artifacts={artifacts}"
-        )
-        == 0
-    )
-    (start,) = set((artifacts / "sft").glob("policy-*")) - known
+def test_run_trains_an_adapter_through_a_server(
+    start: Path, artifacts: Path, tmp_path: Path
+) -> None:
+    lora = "policy.lora={r: 4, target_modules: [c_attn], fan_in_fan_out: true}"
+    policy = [f"policy.path={start}", "policy.architecture=null", "policy.sft=false", lora]
     with StandIn(start) as server:
-        assert inside(tmp_path / "run", *asked(server, artifacts), policy) == 0
+        assert inside(tmp_path / "run", *asked(server, artifacts), *policy, "reward=lexicon") == 0
         found = samplings(tmp_path / "run")
+        assert [r["step"] for r in found] == [0, 1, 2, 3]
         assert all(r["sampler/logprob_gap"] < EXACT for r in found)
         assert len(server.asked("/v1/load_lora_adapter")) == 5
         assert not server.asked("/collective_rpc")
