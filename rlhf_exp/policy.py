@@ -37,6 +37,7 @@ class Rollouts:
     mask: Tensor  # [n, P + R] 1 on prompt and response tokens, 0 on padding
     response: Tensor  # [n, R] float, 1 on response tokens, the end-of-text token included
     ended: Tensor  # [n] bool, the response holds an end-of-text token
+    importance: Tensor | None = None  # [n, R] weights of tokens that were drawn elsewhere
     scores: Tensor | None = None  # [n] float32, what the algorithm learns from
     members: dict[str, Tensor] | None = None  # name -> [n], what each member of the reward said
     facets: dict[str, Tensor] | None = None  # name -> [n], what else the reward tells of them

@@ -29,6 +29,7 @@ from rlhf_exp.reference import Reference
 from rlhf_exp.report.text import ROWS, as_table, model_card
 from rlhf_exp.rewards import Fitting
 from rlhf_exp.samplers import Sampler
+from rlhf_exp.samplers.local import Local
 from rlhf_exp.tracking import Log
 from rlhf_exp.trial import Trial, seed_everything
 
@@ -101,7 +102,7 @@ class Stages:
             built[k] for k in ("preferences", "evaluation", "checkpoints")
         )
         self.prepare, self.generations = built["prepare"], built["generations"]
-        self.sampler: Sampler = built["sampler"]
+        self.sampler: Sampler = built.get("sampler") or Local()  # older runs name none
         require(config["objective"], ROWS, "objective")
         if not 0 <= config["seed"] < 2**32:
             raise ValueError(f"seed={config['seed']} must be between 0 and 2**32 - 1")

@@ -14,6 +14,9 @@ from runs import command_line, inside, logged, rewound, rows, same_outcome, says
 from vllm_standin import StandIn
 
 from rlhf_exp import web
+from rlhf_exp.algorithms.ppo import PPO
+from rlhf_exp.rewards import scored
+from rlhf_exp.run import config_fingerprint
 from rlhf_exp.samplers.vllm import VLLM, version_of
 from rlhf_exp.worker import resume
 
@@ -126,6 +129,40 @@ def test_gap_is_that_of_two_passes_whatever_the_transforms(
     assert 0 < found["sampler/logprob_gap"] <= found["sampler/logprob_gap_max"] < EXACT
     assert abs(found["sampler/kl_k3"]) < EXACT
     assert not {5, 6, 7} & {i for ids in rollouts.responses() for i in ids}
+
+
+def test_tokens_are_weighed_by_what_the_policy_makes_of_them(server, lab: MakeLab) -> None:
+    room = lab()
+    sampler = served(server, room, refresh_every=9)
+    sampler.max_importance = 1.05
+    fresh = room.policy.sample(PROMPTS, 2, fresh=False)
+    assert fresh.importance is not None
+    assert (fresh.importance - 1).abs().max() < EXACT
+    assert sampler.metrics()["sampler/importance_cut"] == 0
+    shake(room, 0.02)
+    stale = room.policy.sample(PROMPTS, 2, fresh=False)
+    assert stale.importance is not None
+    found, cut = sampler.metrics(), stale.importance == torch.tensor(1.05)
+    assert found["sampler/importance_cut"] == pytest.approx(float(cut.sum() / stale.response.sum()))
+    assert 0.05 < found["sampler/importance_cut"] < 0.95
+    assert 0 < float(stale.importance.min()) < 0.99
+    assert (stale.importance[stale.response == 0] == 1).all()
+    assert stale.select(torch.tensor([1])).importance.tolist() == [stale.importance[1].tolist()]
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0, 2.0])
+def test_ppo_weighs_the_loss_of_tokens(lab: MakeLab, weight: float) -> None:
+    found = []
+    for given in (None, weight):
+        room = lab()
+        algorithm = PPO(steps=1, batch=9, minibatch=9, epochs=1, whiten="none")
+        algorithm.setup(room.policy, room.reward, None, room.trial)
+        rollouts = scored(room.policy.sample(PROMPTS), room.reward)
+        if given is not None:
+            rollouts.importance = torch.full_like(rollouts.response, given)
+        found.append(algorithm.learn(rollouts, 0)["ppo/policy_loss"])
+    assert abs(found[0]) > 0.1
+    assert found[1] == pytest.approx(weight * found[0])
 
 
 # ---- weights
@@ -335,6 +372,7 @@ def test_adapter_merged_here_alone_is_refused(server) -> None:
         ({"key_variable": "sk-1"}, "sampler.key_variable must be the name"),
         ({"refresh_every": 0}, "sampler.refresh_every=0 must be positive"),
         ({"concurrency": 0}, "sampler.concurrency=0 must be positive"),
+        ({"max_importance": 0.5}, "sampler.max_importance=0.5 must be at least 1"),
         ({"backoff": -1.0}, "sampler.backoff=-1.0 must be at least 0"),
     ],
 )
@@ -348,10 +386,18 @@ def test_no_server_is_one_sentence(refused) -> None:
     says(said, "sampler.url=http://127.0.0.1:9", "VLLM_SERVER_DEV_MODE=1 vllm serve")
 
 
-@pytest.mark.parametrize("algorithm", ["grpo", "rloo"])
-def test_trainers_that_sample_themselves_are_refused(refused, algorithm: str) -> None:
-    said = refused("experiment=debug", f"algo={algorithm}", "sampler=vllm")
-    says(said, f"algo={algorithm}", "sampler=local", "ppo")
+@pytest.mark.parametrize(
+    ("overrides", "fragments"),
+    [
+        (["algo=grpo"], ["algo=grpo", "sampler=local", "ppo"]),
+        (["algo=rloo"], ["algo=rloo", "sampler=local", "ppo"]),
+        (["algo=quark"], ["algo.tokens=", "sampler=local", "algo.tokens=[]"]),
+        (["algo=rest", "sampler.max_importance=2"], ["sampler.max_importance=2", "algo=ppo"]),
+    ],
+    ids=str,
+)
+def test_algorithms_that_it_cannot_serve_are_refused(refused, overrides, fragments) -> None:
+    says(refused("experiment=debug", *overrides, "sampler=vllm"), *fragments)
 
 
 def test_proxy_of_the_environment_does_not_come_between(server, monkeypatch) -> None:
@@ -395,6 +441,8 @@ def test_run_learns_from_a_server_and_resumes_to_the_same_bytes(
         assert len(server.asked("/collective_rpc")) == 5  # steps, and the last evaluation
         about = json.loads((directory / "run.json").read_text())
         assert about["config"]["sampler"]["url"] == server.url
+        local = about["config"] | {"sampler": {"_target_": "rlhf_exp.samplers.local.Local"}}
+        assert config_fingerprint(local) != about["fingerprint"]
 
         halfway = rewound(directory, tmp_path / "halfway", 2)
         assert logged(lambda: resume(halfway)) == 0

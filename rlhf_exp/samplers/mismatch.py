@@ -19,16 +19,20 @@ from rlhf_exp.samplers.server import SUPPRESSED, Completion
 OUTSIDE = -9999.0  # log-probability of what cannot be sampled; JSON knows no infinity
 
 
-def compared(policy: Policy, rollouts: Rollouts, drawn: list[Completion]) -> dict[str, float]:
-    """How far the server's log-probabilities of the sampled tokens are from ours, in nats: mean
-    and largest difference, and the k3 estimate of KL(server || policy) per token (Schulman 2020).
-
-    Tokens that top_k or top_p would not leave us are left out.
-    """
+def served_logprobs(rollouts: Rollouts, drawn: list[Completion]) -> Tensor:
+    """The server's log-probabilities [n, R] of the response tokens, zero elsewhere."""
     served = torch.zeros_like(rollouts.response)
     for row, completion in zip(served, drawn, strict=True):
         row[: len(completion.logprobs)] = torch.tensor(completion.logprobs)
-    own = own_logprobs(policy, rollouts)
+    return served
+
+
+def compared(rollouts: Rollouts, own: Tensor, served: Tensor) -> dict[str, float]:
+    """How far the server's log-probabilities [n, R] are from ours, in nats: mean and largest
+    difference, and the k3 estimate of KL(server || policy) per token (Schulman 2020).
+
+    Tokens that top_k or top_p would not leave us are left out.
+    """
     both = rollouts.response.bool() & (own > OUTSIDE)
     gap = (own - served)[both].abs()
     return {

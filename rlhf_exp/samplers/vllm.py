@@ -7,8 +7,9 @@ name that holds its digest, so no server can answer with another one. All of the
 server keeps a version, marked with the digest, which is asked for after sampling.
 
 The server's log-probabilities are compared with those of the policy's own forward pass on the same
-tokens. What an algorithm learns from are its own. One process talks to the server, the others get
-what it got.
+tokens. What an algorithm learns from are its own; PPO may weigh tokens by their ratio, truncated
+(Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training"). One
+process talks to the server, the others get what it got.
 
 Left out: weights sent over NCCL, several servers, and adapters with tokens of their own.
 """
@@ -24,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rlhf_exp import processes, web
-from rlhf_exp.samplers.mismatch import compared
+from rlhf_exp.samplers.mismatch import compared, own_logprobs, served_logprobs
 from rlhf_exp.samplers.server import Completion, Server, request
 
 if TYPE_CHECKING:
@@ -44,6 +45,8 @@ class VLLM:
     folder: str | None = None
     key_variable: str | None = None  # environment variable with the server's --api-key; null: none
     refresh_every: int = 1  # changes of the weights after which the server gets them
+    # PPO weighs each token by policy / server, at most this (Yao et al. 2025); null: off
+    max_importance: float | None = None
     concurrency: int = 64  # prompts asked for at a time
     timeout: float = 600.0  # seconds without a byte before a request has failed
     requests: int = 5  # for one answer, before the run stops
@@ -57,6 +60,10 @@ class VLLM:
                 raise ValueError(f"sampler.{name}={getattr(self, name)} must be positive")
         if self.backoff < 0:
             raise ValueError(f"sampler.backoff={self.backoff} must be at least 0")
+        if self.max_importance is not None and self.max_importance < 1:
+            raise ValueError(
+                f"sampler.max_importance={self.max_importance} must be at least 1, or null for none"
+            )
         self.server = Server(self.url, self.key_variable, self.timeout, self.requests, self.backoff)
         self.held: int | None = None  # version of the weights that the server has
         self.seen: int | None = None  # version of the policy's weights, when it last sampled
@@ -81,6 +88,16 @@ class VLLM:
             raise ValueError(
                 f"sampler=vllm cannot serve algo={algorithm.name}, whose trainer of TRL samples by "
                 "itself: use sampler=local, or another algorithm, such as ppo"
+            )
+        if grown := getattr(algorithm, "tokens", None):
+            raise ValueError(
+                f"algo.tokens={grown} make the model grow, which a vLLM server cannot follow: use "
+                "sampler=local, or algo.tokens=[] to condition in words"
+            )
+        if self.max_importance is not None and not hasattr(algorithm, "weighs_importance"):
+            raise ValueError(
+                f"sampler.max_importance={self.max_importance} is for algo=ppo alone: set it to "
+                "null"
             )
         if policy.lora is not None and policy.adapter is not None and not policy.sft:
             raise ValueError(
@@ -158,7 +175,13 @@ class VLLM:
         repeated = [p for p in prompts for _ in range(n)]
         rollouts = policy.assemble(repeated, [completion.ids for completion in drawn])
         self.found = {"sampler/version": float(version), "sampler/age": float(age)}
-        self.found |= compared(policy, rollouts, drawn)
+        own, served = own_logprobs(policy, rollouts), served_logprobs(rollouts, drawn)
+        self.found |= compared(rollouts, own, served)
+        if self.max_importance is not None:
+            ratio = (own - served).exp()  # 1 where there is no token
+            rollouts.importance = ratio.clamp(max=self.max_importance)
+            cut = (ratio > self.max_importance).sum() / rollouts.response.sum()
+            self.found["sampler/importance_cut"] = float(cut)
         return rollouts
 
     def _draw(
