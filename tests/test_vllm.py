@@ -179,7 +179,7 @@ def test_server_gets_the_weights_when_they_change(
     with caplog.at_level(logging.INFO, logger="rlhf_exp"):
         for step in range(5):
             versions.append(version_of(room.policy))
-            room.policy.sample(PROMPTS, 4, fresh=step == 4)
+            room.policy.sample(PROMPTS, 2, fresh=step == 4)
             found.append(sampler.metrics())
             if step < 4:
                 shake(room, 0.05)
@@ -351,6 +351,16 @@ def test_server_with_another_vocabulary_is_refused(server, lab: MakeLab) -> None
         served(server, room)
 
 
+def test_key_is_sent_and_missed(server, lab: MakeLab, monkeypatch) -> None:
+    room = lab()
+    server.key = "secret"
+    monkeypatch.setenv("SERVER_KEY", "secret")
+    served(server, room, key_variable="SERVER_KEY")
+    assert len(room.policy.sample(PROMPTS)) == len(PROMPTS)
+    with pytest.raises(ValueError, match=r"wants its --api-key: .* sampler\.key_variable=None"):
+        served(server, room)
+
+
 def test_what_is_no_vllm_server_is_refused(server, lab: MakeLab, monkeypatch) -> None:
     monkeypatch.setattr(StandIn, "models", lambda *_: {"data": []})
     with pytest.raises(ValueError, match="lists no models, so it is no vLLM server"):
@@ -426,6 +436,7 @@ def samplings(directory: Path) -> list[dict[str, Any]]:
     return [r for r in rows(directory / "metrics.jsonl") if "sampler/version" in r]
 
 
+@pytest.mark.slow
 def test_run_learns_from_a_server_and_resumes_to_the_same_bytes(
     start: Path, artifacts: Path, tmp_path: Path
 ) -> None:
@@ -450,6 +461,7 @@ def test_run_learns_from_a_server_and_resumes_to_the_same_bytes(
         assert len(server.asked("/collective_rpc")) == 8
 
 
+@pytest.mark.slow
 def test_run_that_loses_its_server_keeps_a_checkpoint(
     start: Path, artifacts: Path, tmp_path: Path, capsys
 ) -> None:

@@ -32,6 +32,7 @@ class StandIn:
         self.room, self.root = room, str(folder)
         self.dev_mode = self.runtime_lora = self.enable_lora = self.versions = True
         self.processed = self.token_ids = True  # --logprobs-mode; an old vLLM gives no ids
+        self.key = ""  # --api-key
         self.down = 0  # this many next requests for completions are answered with 503
         self.dead_after: int | None = None  # completions it gives before it vanishes
         self.spoil: Any = None  # changes the answer to a request for completions
@@ -79,6 +80,9 @@ class StandIn:
                 handler.close_connection = True
                 return
             try:
+                sent = handler.headers["Authorization"]
+                if self.key and handler.path.startswith("/v1") and sent != f"Bearer {self.key}":
+                    raise Refused(401, "Unauthorized")
                 status, said = self.route(handler.path, method, body)
             except Refused as error:
                 status, said = error.status, {"error": {"message": str(error)}}

@@ -65,6 +65,7 @@ class VLLM:
                 f"sampler.max_importance={self.max_importance} must be at least 1, or null for none"
             )
         self.server = Server(self.url, self.key_variable, self.timeout, self.requests, self.backoff)
+        self.saved: Path | None = None  # where those lie that it got last
         self.held: int | None = None  # version of the weights that the server has
         self.seen: int | None = None  # version of the policy's weights, when it last sampled
         self.behind = 0  # changes of the policy's weights since the server got any
@@ -114,6 +115,11 @@ class VLLM:
             route = "/collective_rpc" if policy.lora is None else "/v1/load_lora_adapter"
             refreshes = self.server.offers(route)
         except web.Failure as failure:
+            if failure.status in (401, 403):
+                raise ValueError(
+                    f"the server at sampler.url={self.url} wants its --api-key: export it, and "
+                    f"name the variable in sampler.key_variable={self.key_variable}"
+                ) from None
             raise ConnectionError(
                 f"no vLLM server answers at sampler.url={self.url} ({failure}): {start}"
             ) from None
@@ -252,8 +258,9 @@ class VLLM:
                 f"{path} ({failure}): it must see that path (sampler.folder) and fit it, as when "
                 f"started with: {command}"
             ) from None
-        for old in set(self.place.glob("weights-*")) - {path}:
-            shutil.rmtree(old)
+        if self.saved not in (None, path):
+            shutil.rmtree(self.saved)
+        self.saved = path
         logger.info("the server holds weights %d", version)
 
     def _save(self, policy: "Policy", path: Path) -> None:
