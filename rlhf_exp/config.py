@@ -40,6 +40,7 @@ class Root:
     algo: Any
     sft: Any
     hardware: Any
+    sampler: Any
     tracker: Any
     preferences: Any
     evaluation: Any

@@ -4,11 +4,11 @@ Prompts are padded on the left and responses on the right, so the responses of a
 column and a forward pass needs the logits of the last `R + 1` columns only. Position ids are
 explicit: padding never moves a token.
 
-Left out: encoder-decoder policies, and generation on another server.
+Left out: encoder-decoder policies.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from rlhf_exp import processes, tokens, weights
 from rlhf_exp.artifacts import Store, write_json
 from rlhf_exp.choices import require
+from rlhf_exp.samplers import Sampler
+from rlhf_exp.samplers.local import Local
 
 MAX_ROLLOUT_TOKENS = 16_384  # default budget of one forward pass: rows * padded length
 
@@ -35,6 +37,7 @@ class Rollouts:
     mask: Tensor  # [n, P + R] 1 on prompt and response tokens, 0 on padding
     response: Tensor  # [n, R] float, 1 on response tokens, the end-of-text token included
     ended: Tensor  # [n] bool, the response holds an end-of-text token
+    importance: Tensor | None = None  # [n, R] weights of tokens that were drawn elsewhere
     scores: Tensor | None = None  # [n] float32, what the algorithm learns from
     members: dict[str, Tensor] | None = None  # name -> [n], what each member of the reward said
     facets: dict[str, Tensor] | None = None  # name -> [n], what else the reward tells of them
@@ -173,20 +176,6 @@ def response_logits(
     return out.logits[:, :-1], states
 
 
-@contextmanager
-def _own_randomness(device: torch.device) -> Iterator[None]:
-    """Of several processes, each draws other numbers in this block, and all draw the same ones
-    again after it.
-    """
-    if processes.count() == 1:
-        yield
-        return
-    seed = int(torch.randint(2**62, ()))
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed + processes.rank())
-        yield
-
-
 @dataclass(kw_only=True)
 class Policy:
     """A Hugging Face causal language model with its tokenizer, trained whole, in its top layers or
@@ -249,6 +238,7 @@ class Policy:
         self.control: list[int] = []  # ids of tokens that steer and are never sampled
         # a block in which this process holds all the weights, where several divide them
         self.whole: Callable[[], AbstractContextManager[Any]] = nullcontext
+        self.sampler: Sampler = Local()
 
     def require_plain_sampling(self, who: str) -> None:
         """Refuse transforms that sample from another distribution than the scored one.
@@ -336,27 +326,12 @@ class Policy:
         )
 
     @torch.no_grad()
-    def sample(self, prompts: list[str], n: int = 1) -> Rollouts:
+    def sample(self, prompts: list[str], n: int = 1, *, fresh: bool = True) -> Rollouts:
         """Draw `n` completions of every prompt; the copies of a prompt lie side by side. Each
-        process draws a part, and gets the whole.
+        process gets the whole. Without `fresh`, the weights may be as old as the sampler's settings
+        allow.
         """
-        repeated = [p for p in prompts for _ in range(n)]
-        encoded = self.encode(repeated)
-        with self.whole(), _own_randomness(self.device):
-            mine = self._responses(encoded[processes.share(len(encoded))])
-        return self.assemble(repeated, [r for part in processes.gather(mine) for r in part])
-
-    def _responses(self, encoded: list[list[int]]) -> list[list[int]]:
-        """A response to each prompt (token ids, with the end of text where there is one)."""
-        if not encoded:
-            return []
-        width = max(map(len, encoded))
-        pieces = [
-            self._generate(encoded[i : i + self.sample_batch], width)
-            for i in range(0, len(encoded), self.sample_batch)
-        ]
-        end = self.tokenizer.eos_token_id
-        return [tokens.until(row[width:], end) for piece in pieces for row in piece.tolist()]
+        return self.sampler.sample(self, prompts, n, fresh=fresh)
 
     def assemble(
         self, prompts: list[str], responses: list[list[int]], prefixes: list[str] | None = None
@@ -380,18 +355,6 @@ class Policy:
             response=spoken[:, width:].float(),
             ended=torch.tensor([r[-1:] == [end] for r in responses], device=self.device),
         )
-
-    def _generate(self, encoded: list[list[int]], width: int) -> Tensor:
-        """[b, width + r]; the generation settings are complete, so none is inherited from the
-        checkpoint.
-        """
-        pad = self.tokenizer.pad_token_id
-        ids = torch.tensor([[pad] * (width - len(e)) + e for e in encoded], device=self.device)
-        mask = torch.tensor(
-            [[0] * (width - len(e)) + [1] * len(e) for e in encoded], device=self.device
-        )
-        self.model.generation_config = weights.generation_config(self)
-        return self.model.generate(input_ids=ids, attention_mask=mask)
 
     def add_control_tokens(self, names: list[str], like: str = "distribution") -> None:
         """New tokens of which completions never hold one; see `weights.add_tokens`."""

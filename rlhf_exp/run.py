@@ -22,12 +22,15 @@ from rlhf_exp.choices import require
 from rlhf_exp.config import build
 from rlhf_exp.data.rows import Dataset
 from rlhf_exp.evaluation.scoring import Evaluator, summary
+from rlhf_exp.export import Export
 from rlhf_exp.hardware import Hardware
 from rlhf_exp.hardware.engine import whole
 from rlhf_exp.policy import Policy
 from rlhf_exp.reference import Reference
 from rlhf_exp.report.text import ROWS, as_table, model_card
 from rlhf_exp.rewards import Fitting
+from rlhf_exp.samplers import Sampler
+from rlhf_exp.samplers.local import Local
 from rlhf_exp.tracking import Log
 from rlhf_exp.trial import Trial, seed_everything
 
@@ -103,9 +106,9 @@ class Stages:
         self.settings, self.evaluation, self.checkpoints = (
             built[k] for k in ("preferences", "evaluation", "checkpoints")
         )
-        self.prepare, self.generations, self.export = (
-            built[k] for k in ("prepare", "generations", "export")
-        )
+        self.prepare, self.generations = built["prepare"], built["generations"]
+        self.sampler: Sampler = built.get("sampler") or Local()  # older runs name none
+        self.export: Export = built.get("export") or Export()
         require(config["objective"], ROWS, "objective")
         if not 0 <= config["seed"] < 2**32:
             raise ValueError(f"seed={config['seed']} must be between 0 and 2**32 - 1")
@@ -144,6 +147,8 @@ class Stages:
             self.export.source(self.directory)
         if set(stages) - {"prepare", "merge", "export"}:  # these need no policy of this config
             self.policy.check_prompts(self.data.prompts + self.data.held_out, self.base)
+        if "align" in stages:
+            self.sampler.check(self.policy, self.algo, self.data.prompts + self.data.held_out)
         for name in stages:
             logger.info("stage %s", name)
             stage = getattr(self, f"run_{name}")
@@ -281,6 +286,8 @@ class Stages:
     def _align(self) -> None:
         seed_everything(self.config["seed"])  # adapters and value heads are drawn from here on
         self.policy.load(self.start, trainable=True, device=self.device)
+        self.sampler.open(self.directory)
+        self.policy.sampler = self.sampler
         self.reward.load(self.device)
         self.gold.load(self.device)
         accelerator = self.hardware.accelerator()

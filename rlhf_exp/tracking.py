@@ -46,6 +46,12 @@ HEALTHY: dict[str, tuple[float, float, str]] = {
         1.0,
         "completions hit policy.max_new_tokens: raise it, or set algo.missing_eos=subtract",
     ),
+    "sampler/logprob_gap": (
+        0.0,
+        0.1,
+        "the server samples from other numbers than are trained: let it serve in policy.dtype, "
+        "without quantization, and lower sampler.refresh_every",
+    ),
     "reward/valid": (
         0.5,
         1.0,

@@ -72,7 +72,7 @@ class Trial:
         """The step to start from: 0 after a first evaluation, or that of the newest checkpoint,
         restored.
         """
-        self.steps = steps
+        self.steps, self.sampler = steps, policy.sampler
         self.speed = Speed(algorithm=algorithm, policy=policy, peak_tflops=self.peak_tflops)
         found = self.checkpoints.latest()
         if found is None:
@@ -93,7 +93,8 @@ class Trial:
         self, step: int, rollouts: Rollouts, metrics: dict[str, float], seconds: dict[str, float]
     ) -> None:
         """Record what one step sampled, scored and learned."""
-        self.log.step(step, rollouts, metrics | self.speed(rollouts, seconds), seconds)
+        metrics = metrics | self.sampler.metrics() | self.speed(rollouts, seconds)
+        self.log.step(step, rollouts, metrics, seconds)
 
     def log_metrics(self, step: int, metrics: dict[str, float]) -> None:
         """Record numbers of step `step` (from 0) of an algorithm that samples elsewhere, or not."""

@@ -14,8 +14,9 @@ import pytest
 from runs import inside, logged, says, the_error, timeless
 
 from rlhf_exp.feedback import Provider
-from rlhf_exp.feedback.endpoint import OpenAI, _retry_after
+from rlhf_exp.feedback.endpoint import OpenAI
 from rlhf_exp.feedback.tasks import Categories
+from rlhf_exp.web import retry_after
 from rlhf_exp.worker import resume
 
 pytest_plugins = ["runs_fixtures"]
@@ -224,10 +225,10 @@ def test_retry_after_is_honored_by_all(server, tmp_path) -> None:
 
 
 def test_retry_after_reads_seconds_and_dates() -> None:
-    assert _retry_after("2.5") == 2.5
-    assert 28 < _retry_after(formatdate(time.time() + 30, usegmt=True)) <= 30
-    assert _retry_after(formatdate(time.time() - 30, usegmt=True)) == 0.0
-    assert [_retry_after(x) for x in (None, "", "soon", "-3")] == [0.0] * 4
+    assert retry_after("2.5") == 2.5
+    assert 28 < retry_after(formatdate(time.time() + 30, usegmt=True)) <= 30
+    assert retry_after(formatdate(time.time() - 30, usegmt=True)) == 0.0
+    assert [retry_after(x) for x in (None, "", "soon", "-3")] == [0.0] * 4
 
 
 def test_who_asks_for_too_much_patience_is_not_waited_for(server, tmp_path) -> None:

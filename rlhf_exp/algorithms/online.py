@@ -52,7 +52,7 @@ class Online:
         while step < self.steps:
             started = time.perf_counter()
             prompts = prompts_at(data.prompts, step, self.batch, trial.seed)
-            rollouts = policy.sample(prompts, self.samples)
+            rollouts = policy.sample(prompts, self.samples, fresh=False)
             sampled = time.perf_counter()
             scored(rollouts, reward)
             judged = time.perf_counter()

@@ -10,7 +10,7 @@ Left out: a separate value trunk, dense rewards from the reward model, encoder-d
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -76,6 +76,8 @@ class Experience:
 @dataclass(kw_only=True)
 class PPO(Online):
     """Settings; numbers of published runs are in conf/experiment/."""
+
+    weighs_importance: ClassVar[bool] = True  # of tokens, where the sampler tells it
 
     epochs: int = 4  # passes over each batch of rollouts
     minibatch: int = 64  # rollouts per optimizer step
@@ -331,6 +333,8 @@ class PPO(Online):
         new = losses.selective_log_softmax(logits, batch.response_ids, self.policy.temperature)
         new = torch.where(mask.bool(), new, old)
         policy, clipped = losses.policy_loss(new, old, advantages[rows, columns], self.clip)
+        if rollouts.importance is not None:
+            policy = policy * rollouts.importance[rows, columns]
         value, value_clipped = losses.value_loss(
             values,
             experience.values[rows, columns],

@@ -59,6 +59,7 @@ class OnlineTraining(Training):
 class TRLOnline(TrainerAlgorithm):
     """Settings that GRPO and RLOO share; see conf/algo/ for the numbers."""
 
+    samples_itself: ClassVar[bool] = True  # by TRL's trainer, and not by Policy.sample
     renamed: ClassVar[dict[str, str]] = {
         "loss": "loss",
         "entropy": "entropy",

@@ -4,47 +4,19 @@ llama.cpp, Ollama, ...). Nothing but the standard library.
 The key comes from an environment variable and goes nowhere but into the request.
 """
 
-import email.utils
-import http.client
 import json
-import os
-import re
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import urlsplit
 
+from rlhf_exp import web
 from rlhf_exp.feedback import Judge, Question
+from rlhf_exp.web import Failure
 
 REFUSED = (301, 302, 303, 307, 308, 401, 403, 404, 405)  # whatever is asked: address, key or model
-BUSY = (408, 425, 429)  # worth asking again, as is every 5xx
-
-
-class _Failure(Exception):
-    """A request without a reply: `status` of the answer, None if there was no sound one, and the
-    seconds the server wants to be left alone for.
-    """
-
-    def __init__(self, reason: str, status: int | None = None, wait: float = 0.0) -> None:
-        super().__init__(reason)
-        self.status, self.wait = status, wait
-
-    @property
-    def passing(self) -> bool:
-        """Whether the same request may fare better later."""
-        return self.status is None or self.status in BUSY or self.status >= 500
-
-
-class _Stay(urllib.request.HTTPRedirectHandler):
-    """Follows no redirects: they would take the key to another address."""
-
-    def redirect_request(self, req, fp, code, msg, headers, newurl) -> None:
-        return None
 
 
 class _Pace:
@@ -93,17 +65,8 @@ class OpenAI(Judge):
     patience: int = 3  # questions given up in a row before the judge counts as down
 
     def __post_init__(self) -> None:
-        parts = urlsplit(self.base_url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc:
-            raise ValueError(
-                "judge.base_url must be http(s)://host/path, as in http://localhost:8000/v1, "
-                "without a user or password"
-            )
-        if self.key_variable is not None and not re.fullmatch(r"[A-Za-z_]\w*", self.key_variable):
-            raise ValueError(  # perhaps it is the key itself, so it is not repeated here
-                "judge.key_variable must be the name of an environment variable, not the key; "
-                "export the key under a name such as OPENAI_API_KEY"
-            )
+        web.require_url(self.base_url, "judge.base_url", "http://localhost:8000/v1")
+        web.require_variable(self.key_variable, "judge.key_variable", "OPENAI_API_KEY")
         for name in ("timeout", "concurrency", "requests", "patience"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"judge.{name}={getattr(self, name)} must be positive")
@@ -113,7 +76,7 @@ class OpenAI(Judge):
                 f"judge.per_minute={self.per_minute} positive, or null for no limit"
             )
         self.varies, self.retried = True, 0
-        self._opener, self._pace = urllib.request.build_opener(_Stay), _Pace(self.per_minute)
+        self._pace = _Pace(self.per_minute)
         self._stop, self._lock = threading.Event(), threading.Lock()
         self._given_up, self._down = 0, ""  # questions in a row, and why nobody is asked any more
 
@@ -125,7 +88,7 @@ class OpenAI(Judge):
         """The key is there, and the server answers and takes it."""
         try:
             self._send("models", None, min(self.timeout, 10.0))
-        except _Failure as failure:  # not every server lists its models, so 404 says nothing
+        except Failure as failure:  # not every server lists its models, so 404 says nothing
             if failure.status in (401, 403):
                 raise ConnectionError(self._refusal(failure)) from None
             if failure.status is None or failure.status >= 500:
@@ -156,7 +119,7 @@ class OpenAI(Judge):
         while not self._stop.wait(self._pace.slot()):
             try:
                 reply = _content(self._send("chat/completions", body, self.timeout))
-            except _Failure as failure:
+            except Failure as failure:
                 hopeless = not failure.passing or failure.wait > self.longest_wait
                 if hopeless or number == self.requests:
                     self._give_up(failure)
@@ -182,7 +145,7 @@ class OpenAI(Judge):
         }
         return {k: v for k, v in (body | self.body).items() if v is not None}
 
-    def _give_up(self, failure: _Failure) -> None:
+    def _give_up(self, failure: Failure) -> None:
         """Count a question without a reply; stop asking if it is one too many."""
         with self._lock:
             self._given_up += 1
@@ -195,14 +158,14 @@ class OpenAI(Judge):
             if self._down:
                 self._stop.set()
 
-    def _refusal(self, failure: _Failure) -> str:
+    def _refusal(self, failure: Failure) -> str:
         return (
             f"the judge at judge.base_url={self.base_url} refuses to answer ({failure}): check the "
             f"address, judge.model={self.model} and the key in judge.key_variable="
             f"{self.key_variable}"
         )
 
-    def _silence(self, failure: _Failure) -> str:
+    def _silence(self, failure: Failure) -> str:
         return (
             f"the judge at judge.base_url={self.base_url} does not answer ({failure}): see to the "
             "server, then run or resume; the replies so far are kept"
@@ -212,38 +175,8 @@ class OpenAI(Judge):
 
     def _send(self, what: str, body: dict[str, Any] | None, timeout: float) -> bytes:
         """POST `body` (GET if there is none) to `what` below the base URL; what comes back."""
-        key = self._key()
-        headers = {"Content-Type": "application/json"}
-        if key:
-            headers["Authorization"] = f"Bearer {key}"
-        request = urllib.request.Request(
-            f"{self.base_url.rstrip('/')}/{what}",
-            data=None if body is None else json.dumps(body).encode(),
-            headers=headers,
-        )
-        try:
-            with self._opener.open(request, timeout=timeout) as answer:
-                return answer.read()
-        except urllib.error.HTTPError as error:
-            with error:
-                said = " ".join(error.read(500).decode(errors="replace").split())
-            reason = f"{error.code} {error.reason} {said}".replace(key or "\0", "***")
-            wait = _retry_after(error.headers.get("Retry-After"))
-            raise _Failure(reason.strip()[:200], error.code, wait) from None
-        except (OSError, http.client.HTTPException) as error:
-            reason = getattr(error, "reason", None) or error
-            raise _Failure(str(reason) or type(error).__name__) from None
-
-    def _key(self) -> str:
-        if self.key_variable is None:
-            return ""
-        key = os.environ.get(self.key_variable, "").strip()
-        if not key or not (key.isascii() and key.isprintable()):
-            raise ValueError(
-                f"judge.key_variable={self.key_variable}: this environment variable holds no key; "
-                "export it, or set judge.key_variable=null if the server wants none"
-            )
-        return key
+        key = web.key_in(self.key_variable, "judge.key_variable")
+        return web.send(f"{self.base_url.rstrip('/')}/{what}", body, timeout=timeout, key=key)
 
 
 def _content(answer: bytes) -> str:
@@ -252,18 +185,4 @@ def _content(answer: bytes) -> str:
         return str(json.loads(answer)["choices"][0]["message"]["content"] or "")
     except (ValueError, LookupError, TypeError):
         said = " ".join(answer[:60].decode(errors="replace").split())
-        raise _Failure(f"{said!r} is no chat completion") from None
-
-
-def _retry_after(header: str | None) -> float:
-    """Seconds that a Retry-After header (a number or a date, RFC 9110) asks to wait; 0 if none."""
-    if not header:
-        return 0.0
-    try:
-        return max(0.0, float(header))
-    except ValueError:
-        pass
-    try:
-        return max(0.0, email.utils.parsedate_to_datetime(header).timestamp() - time.time())
-    except ValueError:
-        return 0.0
+        raise Failure(f"{said!r} is no chat completion") from None

@@ -375,7 +375,8 @@ def _held(batch: Batch) -> list[Tensor]:
 
 def _experience(rows: int, response: int) -> tuple[Any, Experience]:
     seen = [torch.ones(rows, response) for _ in range(6)]
-    return SimpleNamespace(response=torch.ones(rows, response)), Experience(*seen)
+    rollouts = SimpleNamespace(response=torch.ones(rows, response), importance=None)
+    return rollouts, Experience(*seen)
 
 
 def _reference(policy: Policy, model: Any) -> Reference:
