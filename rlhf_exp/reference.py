@@ -21,6 +21,7 @@ class Reference:
 
     def __init__(self, policy: Policy, *, apart: bool = False) -> None:
         self.prefix = policy.prefix or ""  # what it was asked with
+        self.precision = policy.precision
         if apart:  # shares nothing, for a policy that is no longer the one its adapter started from
             with policy.whole():
                 self.kind = _Copy(policy.model)
@@ -34,7 +35,8 @@ class Reference:
     @torch.no_grad()
     def logits(self, batch: Batch) -> Tensor:
         """[b, r, v] as `response_logits` would give for the start policy."""
-        return self.kind.logits(batch)
+        with self.precision():
+            return self.kind.logits(batch)
 
 
 class _Copy:

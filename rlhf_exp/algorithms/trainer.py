@@ -100,6 +100,17 @@ def _no_checkpoint_of_deepspeed() -> Iterator[None]:
         trainer.deepspeed_load_checkpoint = load
 
 
+@contextmanager
+def _unrounded(policy: Policy) -> Iterator[None]:
+    """TRL would put adapters over quantized weights into bfloat16, where small updates are lost;
+    they are what they were after this block.
+    """
+    kept = [(p, p.data) for p in policy.model.parameters() if p.requires_grad]
+    yield
+    for parameter, values in kept:
+        parameter.data = values
+
+
 def mixed(kind: type[Training], trainer: type) -> Any:
     """The class `trainer` of TRL, as `kind` changes it."""
     return type(trainer.__name__, (kind, trainer), {})
@@ -112,6 +123,8 @@ class TrainerAlgorithm:
     key: ClassVar[str] = "algo"  # where the settings are given
     name: ClassVar[str]  # prefix of the metrics
     renamed: ClassVar[dict[str, str]]  # metrics: the trainer's name -> ours; others are dropped
+
+    trains: ClassVar[bool] = True  # the policy
 
     lr: float
     schedule: str = "constant"  # constant, linear or cosine
@@ -201,7 +214,8 @@ class TrainerAlgorithm:
         those of `trial` after `done`.
         """
         with scratch(policy) as folder:
-            self.trainer = build(folder)
+            with _unrounded(policy):
+                self.trainer = build(folder)
             policy.whole = lambda: whole(self.trainer.accelerator)
             if policy.lora is not None and "ref" in policy.model.peft_config:
                 policy.model.delete_adapter("ref")  # TRL's own reference

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_exp import tokens, weights
+from rlhf_exp import adapters, tokens, weights
 from rlhf_exp.artifacts import write_json
 from rlhf_exp.choices import require
 from rlhf_exp.data.rows import subject
@@ -185,7 +185,7 @@ class Reader:
         prompts = [subject(row[0].fields) for row in pairs]
         number = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
         groups = [number[prompt] for prompt in prompts]
-        about = {"cut": cut, "weights": weights.fingerprint(self.model), "groups": groups}
+        about = {"cut": cut, "weights": adapters.fingerprint(self.model), "groups": groups}
         return States(hidden, torch.tensor(labels), lm, about)
 
     @torch.no_grad()

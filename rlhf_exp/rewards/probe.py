@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_exp import __version__, weights
+from rlhf_exp import __version__, adapters, weights
 from rlhf_exp.artifacts import fingerprint, verify, write_json
 from rlhf_exp.choices import pick, require
 from rlhf_exp.data.rows import Dataset, Statement
@@ -391,7 +391,7 @@ class Probe(Reward):
                 lowest,
             )
         self.model.open(self.source, device, self.trained.model if self.model.share else None)
-        if weights.fingerprint(self.model.model) != record["weights"]:
+        if adapters.fingerprint(self.model.model) != record["weights"]:
             raise ValueError(
                 f"the probe at {self.folder} was fitted on {record['model']['source']} and the "
                 f"weights at {self.source} are others: give that model, or fit again"
