@@ -70,6 +70,8 @@ def test_eager_and_sdpa_agree_on_padded_batches(kind: str, tiny_base: Any) -> No
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own, of itself
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
 def test_compiled_blocks_learn_alike_under_the_same_names(base: Path, tmp_path: Path) -> None:
     plain = trained(base, tmp_path / "plain", "ppo")
     fast = trained(base, tmp_path / "fast", "ppo", compile=True, gradient_checkpointing=True)
