@@ -52,7 +52,7 @@ def test_adapters_have_a_rate_of_their_own_and_control_tokens_do_not_decay(lab: 
     adapters = {n: r for n, r in rate_of(room.policy, **vars(settings)).items() if "lora_" in n}
     assert {rate for name, rate in adapters.items() if ".h.1." in name} == {0.5}
     assert {rate for name, rate in adapters.items() if ".h.0." in name} == {0.25}
-    groups = settings.groups(room.policy.model)
+    groups = settings.by_rate(room.policy.model)
     assert [(g.lr, g.weight_decay) for g in groups] == [(0.25, 0.3), (0.5, 0.3), (0.0125, 0.0)]
     trained = [p for p in room.policy.model.parameters() if p.requires_grad]
     assert {id(p) for g in groups for p in g.parameters} == {id(p) for p in trained}
@@ -60,7 +60,7 @@ def test_adapters_have_a_rate_of_their_own_and_control_tokens_do_not_decay(lab: 
 
 def test_a_policy_with_one_rate_is_one_group(lab: MakeLab) -> None:
     room = lab()
-    (group,) = Rates(lr=0.1).groups(room.policy.model)
+    (group,) = Rates(lr=0.1).by_rate(room.policy.model)
     assert all(
         a is b for a, b in zip(group.parameters, room.policy.model.parameters(), strict=True)
     )

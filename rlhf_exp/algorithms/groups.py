@@ -81,7 +81,7 @@ class Rates:
 
     # ---- of which parameters
 
-    def groups(self, model: Any) -> list[Group]:
+    def by_rate(self, model: Any) -> list[Group]:
         """The parameters of `model` that are trained, by rate. Rows that are trained alone (control
         tokens) come last and do not decay: that would reach the other rows.
         """

@@ -125,7 +125,7 @@ class Imitation(Online, Rates):
         self.descent = Descent(
             self.trial.accelerator,
             self.policy.model,
-            self.groups(self.policy.model),
+            self.by_rate(self.policy.model),
             betas=self.betas,
             eps=self.eps,
             max_grad_norm=self.max_grad_norm,

@@ -148,7 +148,7 @@ class PPO(Online, Rates):
             trial.accelerator,
             module,
             [
-                *self.groups(policy.model),
+                *self.by_rate(policy.model),
                 Group(head, self.value_lr or self.lr, self.weight_decay),
             ],
             betas=self.betas,
