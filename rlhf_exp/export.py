@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf_exp import weights
+from rlhf_exp import adapters, weights
 from rlhf_exp.artifacts import verify, write_directory, write_json
 from rlhf_exp.choices import require
 
@@ -96,8 +96,8 @@ class Export:
         )
         if saved["quantization"] is None:
             model = model.to(device)
-        weights.require_base(model, source, str(base))
-        return weights.with_adapter(model, source).eval()
+        adapters.require_base(model, source, str(base))
+        return adapters.with_adapter(model, source).eval()
 
     def _base(self, saved: dict[str, Any]) -> Path | str:
         """Where the weights below the adapter are."""
@@ -121,7 +121,7 @@ class Export:
         plain = weights.load_causal_lm(self._base(saved), "float32", tokenizer).to(device)
         if self.base == "trained":
             _dequantize_into(plain, model.get_base_model())
-        return weights.with_adapter(plain, source).merge_and_unload()
+        return adapters.with_adapter(plain, source).merge_and_unload()
 
     def _compared(self, trained: Tensor, written: Tensor) -> dict[str, float]:
         """How far the logits [b, t, v] of the written model are from those of the trained one."""

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf_exp import processes, tokens, weights
+from rlhf_exp import adapters, forward, processes, tokens, weights
 from rlhf_exp.artifacts import Store, write_json
 from rlhf_exp.choices import require
 from rlhf_exp.samplers import Sampler
@@ -196,6 +196,11 @@ class Policy:
     lora: dict[str, Any] | None = None
     # train this many top layers only; the rest, embeddings included, is frozen
     train_top: int | None = None
+    # keep the inputs of blocks only and compute them again on the way back
+    gradient_checkpointing: bool = False
+    # eager, sdpa or flash_attention_2; null: the library's choice for the model
+    attention: str | None = None
+    compile: bool = False  # blocks, for all passes but sampling
     sft: bool = True  # whether the `sft` stage has anything to do
     chat: bool = False  # wrap prompts in the tokenizer's chat template
     # prepended to every prompt; conditional methods ask for the best with it. null: the one saved
@@ -210,6 +215,8 @@ class Policy:
 
     def __post_init__(self) -> None:
         require(self.dtype, ("float32", "bfloat16", "float16"), "policy.dtype")
+        if self.attention is not None:
+            require(self.attention, weights.ATTENTION, "policy.attention")
         if (self.path is None) == (self.architecture is None):
             raise ValueError(
                 "policy needs either policy.path (a model to load) or policy.architecture (one to "
@@ -239,6 +246,8 @@ class Policy:
         # a block in which this process holds all the weights, where several divide them
         self.whole: Callable[[], AbstractContextManager[Any]] = nullcontext
         self.sampler: Sampler = Local()
+        # a block in which matrices are multiplied as in training
+        self.precision: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     def require_plain_sampling(self, who: str) -> None:
         """Refuse transforms that sample from another distribution than the scored one.
@@ -270,18 +279,22 @@ class Policy:
         self._open(source)
         self.source = str(source)
         model = weights.load_causal_lm(
-            source, self.dtype, self.tokenizer, self.quantization, device
+            source, self.dtype, self.tokenizer, self.quantization, device, self.attention
         )
-        if self.adapter is not None and not weights.holds_adapter(source, self.adapter):
-            model = weights.merge_adapter(model, self.adapter, self.source)
+        if self.adapter is not None and not adapters.holds_adapter(source, self.adapter):
+            model = adapters.merge_adapter(model, self.adapter, self.source)
         self.model: Any = self._made_trainable(model) if trainable else model.requires_grad_(False)
         if self.quantization is None:
             self.model.to(device)
         self.model.eval()  # dropout stays off: rollouts, old and new log-probs are one function
 
     def _made_trainable(self, model: nn.Module) -> nn.Module:
+        if self.compile:
+            forward.compiled(model)
+        if self.gradient_checkpointing:
+            forward.recompute(model)
         if self.lora is not None:
-            return weights.add_lora(model, self.lora, quantized=self.quantization is not None)
+            return adapters.add_lora(model, self.lora, quantized=self.quantization is not None)
         if self.train_top is not None:
             weights.freeze_bottom(model, self.train_top)
         return model
@@ -356,6 +369,12 @@ class Policy:
             ended=torch.tensor([r[-1:] == [end] for r in responses], device=self.device),
         )
 
+    @torch.no_grad()
+    def logits(self, batch: Batch) -> Tensor:
+        """[b, r, v] of `response_logits`, as training would multiply."""
+        with self.precision():
+            return response_logits(self.model, batch)[0]
+
     def add_control_tokens(self, names: list[str], like: str = "distribution") -> None:
         """New tokens of which completions never hold one; see `weights.add_tokens`."""
         new = weights.add_tokens(self.model, self.tokenizer, names, like)
@@ -401,7 +420,7 @@ class Policy:
             "lora": self.lora is not None,
         }
         if self.lora is not None:
-            state["base_weights"] = weights.fingerprint(self.model)
+            state["base_weights"] = adapters.fingerprint(self.model)
         write_json(folder / "policy.json", state)
         if card:
             (folder / "README.md").write_text(card)

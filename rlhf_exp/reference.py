@@ -23,6 +23,7 @@ class Reference:
 
     def __init__(self, policy: Policy, *, apart: bool = False) -> None:
         self.prefix = policy.prefix or ""  # what it was asked with
+        self.precision = policy.precision
         if apart:  # shares nothing, for a policy that is no longer the one its adapter started from
             with policy.whole():
                 self.kind: Any = _Copy(policy.model, policy.device)
@@ -36,7 +37,7 @@ class Reference:
     @torch.no_grad()
     def logits(self, batch: Batch) -> Tensor:
         """[b, r, v] as `response_logits` would give for the start policy."""
-        with self.ready():
+        with self.precision(), self.ready():
             return self.kind.logits(batch)
 
     def ready(self) -> AbstractContextManager[None]:

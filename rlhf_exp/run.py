@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from rlhf_exp import __version__, frozen, processes
+from rlhf_exp import __version__, frozen, precision, processes
 from rlhf_exp.artifacts import Store, fingerprint, write_directory, write_json
 from rlhf_exp.choices import require
 from rlhf_exp.config import build
@@ -118,6 +118,8 @@ class Stages:
         self.data_spec = {"config": config["data"], "files": self.source.identity()}
         self.policy.identity()  # a path that leads nowhere ends the run here
         self.hardware: Hardware = built["hardware"]
+        trains = "align" in config["stages"] and self.algo.trains
+        precision.check(self.policy, self.hardware, trains=trains)
         self.device = self.hardware.place()
         self.hardware.alone()  # until align
         self.fitting = Fitting(
@@ -292,6 +294,9 @@ class Stages:
         self.gold.load(self.device)
         accelerator = self.hardware.accelerator()
         self.policy.whole = lambda: whole(accelerator)
+        self.policy.precision = precision.Autocast(
+            self.hardware.mixed_precision, self.hardware.kind
+        )
         trial = Trial(
             directory=self.directory,
             seed=self.config["seed"],

@@ -6,7 +6,7 @@ transformers is imported inside the functions, because it costs seconds.
 
 import hashlib
 import json
-import warnings
+import logging
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 PAD = "<|pad|>"
 END = "<|endoftext|>"
+ATTENTION = ("eager", "sdpa", "flash_attention_2")  # what computes it, in transformers' words
 
 
 def locate(path: str, package: str | None = None) -> Path | str:
@@ -227,6 +228,7 @@ def load_causal_lm(
     tokenizer,
     quantization: str | None = None,
     device: str | torch.device = "cpu",
+    attention: str | None = None,
 ) -> Any:
     """Causal language model whose config agrees with `tokenizer` about padding; embeddings grow if
     a pad was added. With int8 or nf4 weights it is put on `device` while loading.
@@ -234,6 +236,8 @@ def load_causal_lm(
     from transformers import AutoModelForCausalLM
 
     settings = _quantized(quantization, dtype, device) if quantization else {}
+    if attention is not None:
+        settings["attn_implementation"] = attention
     model: Any = AutoModelForCausalLM.from_pretrained(
         source, dtype=getattr(torch, dtype), **settings
     )
@@ -247,6 +251,8 @@ def load_causal_lm(
 def _quantized(quantization: str, dtype: str, device: str | torch.device) -> dict[str, Any]:
     from transformers import BitsAndBytesConfig
 
+    # it would say with every product that int8 multiplies in float16
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     config = (
         BitsAndBytesConfig(load_in_8bit=True)
         if quantization == "int8"
@@ -355,84 +361,6 @@ def generation_config(policy: "Policy") -> Any:
 
 
 # ---- what is trained
-
-
-def add_lora(model, fields: dict[str, Any], *, quantized: bool = False):
-    """`model` with a fresh LoRA adapter, the identity at the start."""
-    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-
-    if quantized:  # norms and head in float32
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **fields))
-
-
-def holds_adapter(source: Path | str, adapter: str) -> bool:
-    """Whether the stage sft made `source` from a base with this very adapter merged in."""
-    manifest = Path(source) / MANIFEST
-    if not manifest.exists():
-        return False
-    made_from = json.loads(manifest.read_text()).get("spec", {}).get("policy", {})
-    return made_from.get("adapter") == file_states(Path(adapter))
-
-
-def merge_adapter(model, folder: str, base: str):
-    """`model` with the adapter at `folder` folded in; refused if the adapter was trained on other
-    weights.
-    """
-    path = Path(folder)
-    if not (path / "adapter_config.json").exists():
-        raise FileNotFoundError(f"policy.adapter={folder} holds no adapter_config.json")
-    require_base(model, path, base)
-    return with_adapter(model, path).merge_and_unload()
-
-
-def with_adapter(model, folder: Path):
-    """`model` under the adapter at `folder`, as it was trained: norms and head of a quantized model
-    in float32.
-    """
-    from peft import PeftModel, prepare_model_for_kbit_training
-
-    if getattr(model, "is_quantized", False):
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    with warnings.catch_warnings():  # peft sees by itself which way round GPT-2 keeps its weights
-        warnings.filterwarnings("ignore", "fan_in_fan_out is set")
-        return PeftModel.from_pretrained(model, folder)
-
-
-def require_base(model, folder: Path, base: str) -> None:
-    """ValueError if the adapter at `folder` was trained on other weights than `model`, which came
-    from `base`.
-    """
-    if (folder / "policy.json").exists():
-        expected = saved_settings(folder).get("base_weights")
-        if expected is not None and expected != fingerprint(model):
-            raise ValueError(
-                f"the adapter {folder} was trained on other weights than {base}: give the base it "
-                "names"
-            )
-        return
-    recorded = json.loads((folder / "adapter_config.json").read_text()).get(
-        "base_model_name_or_path"
-    )
-    if recorded not in (None, base) and Path(recorded).name != Path(base).name:
-        raise ValueError(
-            f"the adapter {folder} was trained on {recorded}, not on {base}: give that as "
-            "policy.path"
-        )
-
-
-def fingerprint(model: nn.Module) -> str:
-    """Identity of the weights below any adapter: names, shapes and first values of the parameters
-    that are not quantized.
-    """
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        if "lora_" in name or not parameter.is_floating_point():
-            continue
-        name = name.removeprefix("base_model.model.").replace(".base_layer", "")
-        values = parameter.detach().flatten()[:64].float().cpu().numpy().tobytes()
-        digest.update(f"{name}{tuple(parameter.shape)}".encode() + values)
-    return digest.hexdigest()
 
 
 def blocks(model: nn.Module) -> nn.ModuleList:

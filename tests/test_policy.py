@@ -10,7 +10,7 @@ from conftest import TINY, tiny_policy
 from torch import Tensor
 from torch.nn import functional as F
 
-from rlhf_exp import losses, weights
+from rlhf_exp import adapters, losses, weights
 from rlhf_exp.artifacts import Store
 from rlhf_exp.policy import Policy, Rollouts, micro_batches, response_logits
 from rlhf_exp.reference import Reference
@@ -497,11 +497,11 @@ def test_edited_adapter_is_another_policy(tiny_base, adapter, tmp_path: Path) ->
 
 
 def test_fingerprint_sees_through_an_adapter(tiny_base) -> None:
-    plain = weights.fingerprint(loaded(tiny_base).model)
-    assert weights.fingerprint(loaded(tiny_base, trainable=True, **TRAINED["lora"]).model) == plain
+    plain = adapters.fingerprint(loaded(tiny_base).model)
+    assert adapters.fingerprint(loaded(tiny_base, trainable=True, **TRAINED["lora"]).model) == plain
     other = tiny_policy()
     other.load(tiny_base(seed=1))
-    assert weights.fingerprint(other.model) != plain
+    assert adapters.fingerprint(other.model) != plain
 
 
 def test_samples_have_zero_kl_to_the_reference_at_the_start(tiny_base) -> None:

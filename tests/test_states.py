@@ -8,7 +8,7 @@ import torch
 from conftest import tiny_policy
 from torch import Tensor
 
-from rlhf_exp import weights
+from rlhf_exp import adapters
 from rlhf_exp.probes.states import Reader, States
 from rlhf_exp.probes.templates import Contrast, Template, join
 
@@ -290,7 +290,7 @@ def test_a_shared_base_is_read_with_its_adapters_off(models) -> None:
     expected = copy.read(PAIRS, [1, 2])[0]
     for layer, x in shared.read(PAIRS, [1, 2])[0].items():
         torch.testing.assert_close(x, expected[layer])
-    assert weights.fingerprint(shared.model) == weights.fingerprint(copy.model)
+    assert adapters.fingerprint(shared.model) == adapters.fingerprint(copy.model)
     ids = torch.tensor([[5, 6, 7]])
     with torch.no_grad():  # and the policy has its adapters again
         assert not torch.allclose(policy.model(ids).logits, copy.model(ids).logits)

@@ -253,7 +253,7 @@ def test_under_a_chat_template_the_completion_follows_the_header(lab: MakeLab) -
     ("settings", "message"),
     [
         ({"schedule": "cosin"}, r"sft\.schedule=cosin .* did you mean cosine"),
-        ({"warmup": 1.5}, r"sft\.warmup=1\.5 must be a share"),
+        ({"warmup": 1.5}, r"sft\.warmup=1\.5 must be a number of steps, or a share"),
         ({"betas": [0.9]}, r"sft\.betas=\[0\.9\] two numbers"),
         ({"batch": 6, "micro_batch": 4}, r"6 rows .* multiple of sft\.micro_batch=4"),
         ({"batch": 0}, r"sft\.batch=0"),

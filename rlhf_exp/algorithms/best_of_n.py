@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -44,6 +44,8 @@ Take = Callable[[range], list[Generated]]
 @dataclass(kw_only=True)
 class BestOfN(Curves):
     """What is drawn, or read."""
+
+    trains: ClassVar[bool] = False
 
     samples: int = 64  # N, completions per prompt
     prompts: int | None = None  # held-out prompts, or rows of `answers`; null: those of evaluation

@@ -56,6 +56,11 @@ class Descent:
         for group, lr in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = factor * lr
 
+    @property
+    def lr(self) -> float:
+        """The largest learning rate as it is now."""
+        return max(float(group["lr"]) for group in self.optimizer.param_groups)
+
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of `loss`, of which every process has its summand."""
         (self.engine or self.accelerator).backward(loss * processes.count())  # they are averaged

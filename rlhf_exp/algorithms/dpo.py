@@ -41,7 +41,6 @@ from rlhf_exp.policy import (
     Policy,
     Rollouts,
     by_token,
-    response_logits,
 )
 from rlhf_exp.preferences import paired, wins
 from rlhf_exp.rewards import score
@@ -293,7 +292,7 @@ class DPO(TrainerAlgorithm):
         """Add the reference's log-probability of either side to each row."""
         ask = trial.reference.logits
         if self.reference == "previous" and number > 0:
-            ask = lambda batch: response_logits(policy.model, batch)[0]  # noqa: E731
+            ask = policy.logits
         for side in SIDES if rows else ():
             values = [0.0] * len(rows)
             if self.reference != "none":

@@ -6,15 +6,16 @@ All means are over the tokens of a whole minibatch, whatever the micro-batches.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rlhf_exp import losses, weights
-from rlhf_exp.algorithms.descent import Descent, Group, over_processes
+from rlhf_exp import losses
+from rlhf_exp.algorithms.descent import Descent, over_processes
+from rlhf_exp.algorithms.groups import Rates
 from rlhf_exp.algorithms.online import Online
 from rlhf_exp.choices import require
 from rlhf_exp.data.rows import Dataset
@@ -59,7 +60,7 @@ def stream(count: int, minibatch: int, updates: int) -> Iterator[Tensor]:
 
 
 @dataclass(kw_only=True)
-class Imitation(Online):
+class Imitation(Online, Rates):
     """Settings of the update."""
 
     # file of completions to learn from beside those sampled in the first step, see generated.py
@@ -67,13 +68,8 @@ class Imitation(Online):
     minibatch: int = 64  # completions per optimizer step
     # padded tokens per forward pass; changes memory, not the gradient
     token_budget: int = MAX_ROLLOUT_TOKENS
-    lr: float = 1e-4
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])  # AdamW
     eps: float = 1e-8
-    weight_decay: float = 0.0
     max_grad_norm: float | None = 1.0  # null: no clipping
-    schedule: str = "constant"  # constant, linear or cosine, down to 0
-    warmup: float = 0.0  # share of the updates with a rising learning rate
     kl_coef: float = 0.0  # of the exact KL over the vocabulary; 0: no reference is asked
     # policy_to_reference: KL(policy || reference), Quark; reference_to_policy: the reverse, ALT
     kl_direction: str = "policy_to_reference"
@@ -84,29 +80,23 @@ class Imitation(Online):
     coef_horizon: float = 2500.0  # completions over which adaptive coefficients move
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        Online.__post_init__(self)
+        Rates.__post_init__(self)
         require(self.kl_direction, KL_DIRECTIONS, "algo.kl_direction")
-        require(self.schedule, ("constant", "linear", "cosine"), "algo.schedule")
         if self.minibatch < 1 or self.token_budget < 1:
             raise ValueError(
                 f"algo.minibatch={self.minibatch} and algo.token_budget={self.token_budget} must "
                 "be positive"
-            )
-        if not 0 <= self.warmup < 1 or len(self.betas) != 2:
-            raise ValueError(
-                f"algo.warmup={self.warmup} is a share from 0 up to 1, and "
-                f"algo.betas={self.betas} two numbers"
             )
         if any(target is not None and target <= 0 for target in self._targets().values()):
             raise ValueError(
                 f"algo.kl_target={self.kl_target} and algo.entropy_target={self.entropy_target} "
                 "must be positive, or null for fixed coefficients"
             )
-        if min(self.kl_coef, self.entropy_coef, self.weight_decay) < 0 or self.lr <= 0:
+        if min(self.kl_coef, self.entropy_coef) < 0:
             raise ValueError(
-                f"algo.kl_coef={self.kl_coef}, algo.entropy_coef={self.entropy_coef} and "
-                f"algo.weight_decay={self.weight_decay} must not be negative, and "
-                f"algo.lr={self.lr} must be positive"
+                f"algo.kl_coef={self.kl_coef} and algo.entropy_coef={self.entropy_coef} must not "
+                "be negative"
             )
         for name, target in self._targets().items():
             if target is not None and getattr(self, f"{name}_coef") == 0:
@@ -132,14 +122,10 @@ class Imitation(Online):
         """
         if hasattr(self, "descent"):
             return
-        trained = [p for p in self.policy.model.parameters() if p.requires_grad]
-        rows = [p for p in trained if weights.trains_rows(p)]  # decay would reach the other rows
-        whole = [p for p in trained if not weights.trains_rows(p)]
-        groups = [Group(whole, self.lr, self.weight_decay), Group(rows, self.lr, 0.0)]
         self.descent = Descent(
             self.trial.accelerator,
             self.policy.model,
-            [group for group in groups if group.parameters],
+            self.by_rate(self.policy.model),
             betas=self.betas,
             eps=self.eps,
             max_grad_norm=self.max_grad_norm,
@@ -191,7 +177,7 @@ class Imitation(Online):
         sums: dict[str, float] = {}
         applied = 0
         for i, rows in enumerate(stream(len(examples.rollouts), self.minibatch, updates)):
-            self.descent.scale(scale * self._schedule(done + i, total))
+            self.descent.scale(scale * self.lr_scale(done + i, total))
             stats = self._update(examples, rows)
             self._adapt(stats, len(rows))
             applied += int(stats.pop("applied"))
@@ -203,17 +189,12 @@ class Imitation(Online):
             )
         means = {f"imitation/{k}": v / applied for k, v in sums.items()}
         return means | {
-            "imitation/lr": float(self.descent.optimizer.param_groups[0]["lr"]),
+            "imitation/lr": self.descent.lr,
             "imitation/updates": float(updates),
             "kl/coef": self.kl_coef,
             "imitation/entropy_coef": self.entropy_coef,
             "imitation/skipped_updates": float(self.descent.skipped),
         }
-
-    def _schedule(self, step: int, total: int) -> float:
-        return losses.lr_scale(
-            step, total=total, warmup=round(self.warmup * total), schedule=self.schedule, floor=0.0
-        )
 
     def _update(self, examples: Examples, rows: Tensor) -> dict[str, float]:
         """One optimizer step."""

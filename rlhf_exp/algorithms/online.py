@@ -7,7 +7,7 @@ asks which one it is.
 import random
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from rlhf_exp.data.rows import Dataset
 from rlhf_exp.policy import Policy, Rollouts
@@ -33,6 +33,8 @@ def prompts_at(prompts: list[str], step: int, batch: int, seed: int) -> list[str
 @dataclass(kw_only=True)
 class Online:
     """Settings of the loop; see conf/algo/ for the numbers."""
+
+    trains: ClassVar[bool] = True  # the policy
 
     steps: int  # times round the loop
     batch: int  # prompts per step

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from rlhf_exp import losses, processes
 from rlhf_exp.algorithms.descent import Descent, Group, over_processes
+from rlhf_exp.algorithms.groups import Rates
 from rlhf_exp.algorithms.online import Online
 from rlhf_exp.algorithms.scaling import ScoreScaling, apply_missing_eos
 from rlhf_exp.choices import require
@@ -74,7 +75,7 @@ class Experience:
 
 
 @dataclass(kw_only=True)
-class PPO(Online):
+class PPO(Online, Rates):
     """Settings; numbers of published runs are in conf/experiment/."""
 
     weighs_importance: ClassVar[bool] = True  # of tokens, where the sampler tells it
@@ -83,17 +84,10 @@ class PPO(Online):
     minibatch: int = 64  # rollouts per optimizer step
     # padded tokens per forward pass; changes memory, not the gradient
     token_budget: int = MAX_ROLLOUT_TOKENS
-    lr: float = 1e-4
     value_lr: float | None = None  # learning rate of the value head; null: lr
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])  # AdamW
     eps: float = 1e-8
-    weight_decay: float = 0.0
     max_grad_norm: float = 1.0
-    schedule: str = "constant"  # constant, linear or cosine
-    # steps after which the schedule has reached its floor; null: steps
-    schedule_steps: int | None = None
-    warmup: int = 0  # steps with a rising learning rate
-    lr_floor: float = 0.0  # last learning rate as a share of lr
     gamma: float = 1.0
     lam: float = 0.95
     clip: float = 0.2  # of the probability ratio
@@ -119,25 +113,16 @@ class PPO(Online):
     ratio_guard: float | None = None  # skip a minibatch whose mean ratio exceeds this; null: off
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        Online.__post_init__(self)
+        Rates.__post_init__(self)
         zero = torch.zeros(1)
         if self.kl_estimator != "full":
             losses.kl_estimate(zero, zero, self.kl_estimator)
-        losses.lr_scale(
-            self.warmup,
-            total=self.steps,
-            warmup=self.warmup,
-            schedule=self.schedule,
-            floor=self.lr_floor,
-        )
         require(self.whiten, ("batch", "minibatch", "none"), "algo.whiten")
         apply_missing_eos(zero, zero.bool(), self.missing_eos, self.missing_eos_value)
         ScoreScaling(self.score_scaling)
-        if self.epochs < 1 or len(self.betas) != 2:
-            raise ValueError(
-                f"algo.epochs={self.epochs} must be at least 1 and algo.betas={self.betas} two "
-                "numbers"
-            )
+        if self.epochs < 1:
+            raise ValueError(f"algo.epochs={self.epochs} must be at least 1")
         if self.minibatch < 1 or (self.batch * self.samples) % self.minibatch:
             raise ValueError(
                 f"algo.minibatch={self.minibatch} must divide the {self.batch * self.samples} "
@@ -161,12 +146,11 @@ class PPO(Online):
         self.kept_forward: tuple[Tensor, Tensor] | None = None
         module = PolicyWithValue(policy.model, self.value_hidden)
         head = list(module.value_head.parameters())
-        body = [p for p in policy.model.parameters() if p.requires_grad]
         self.descent = Descent(
             trial.accelerator,
             module,
             [
-                Group(body, self.lr, self.weight_decay),
+                *self.by_rate(policy.model),
                 Group(head, self.value_lr or self.lr, self.weight_decay),
             ],
             betas=self.betas,
@@ -261,13 +245,7 @@ class PPO(Online):
 
     def optimize(self, rollouts: Rollouts, experience: Experience, step: int) -> dict[str, float]:
         """`epochs` passes in shuffled minibatches; stops early on `stop_kl`."""
-        scale = losses.lr_scale(
-            step,
-            total=self.schedule_steps or self.steps,
-            warmup=self.warmup,
-            schedule=self.schedule,
-            floor=self.lr_floor,
-        )
+        scale = self.lr_scale(step, self.steps)
         self.descent.scale(scale)
         totals: dict[str, float] = {}
         stats: dict[str, float] = {}

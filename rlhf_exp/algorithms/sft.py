@@ -105,6 +105,7 @@ class SFT(TrainerAlgorithm):
         with scratch(policy) as scribbles:
             bar = {"disable_tqdm": not sys.stderr.isatty(), "logging_strategy": "no"}
             trainer = self._trainer(scribbles, policy, rows, seed=self.seed, **bar)
+            trainer.settings = self
             trainer.run()
             if rows[1] is not None:
                 found = self._ours(trainer.evaluate(), "eval_")

@@ -19,15 +19,15 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 
 from rlhf_exp import processes
+from rlhf_exp.algorithms.groups import Rates
 from rlhf_exp.checkpoints import random_state, set_random_state
-from rlhf_exp.choices import pick
 from rlhf_exp.data.rows import Dataset
 from rlhf_exp.hardware.engine import Engine, whole
 from rlhf_exp.policy import Policy
@@ -42,6 +42,7 @@ class Training:
 
     listener: Callable[[dict[str, Any]], None] | None = None  # gets what the trainer logs of a step
     resume: dict[str, Any] | None = None  # from `TrainerAlgorithm.begin`
+    settings: Rates
 
     def log(self: Any, logs: dict[str, Any], start_time: float | None = None) -> None:
         super().log(logs, start_time)  # type: ignore[misc]  # fills `logs` with TRL's means
@@ -64,8 +65,19 @@ class Training:
 
     def create_optimizer(self: Any, *args: Any, **kwargs: Any) -> Any:
         optimizer = super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
+        rate = self.settings.rates(self.model)
+        optimizer.param_groups = [
+            by_rate for group in optimizer.param_groups for by_rate in _split(group, rate)
+        ]
         self.groups = [list(group["params"]) for group in optimizer.param_groups]
         return optimizer
+
+    def create_scheduler(self: Any, num_training_steps: int, optimizer: Any = None) -> Any:
+        total = self.settings.schedule_steps or num_training_steps
+        scheduler = super().create_scheduler(total, optimizer)  # type: ignore[misc]
+        floor, rising = self.settings.lr_floor, self.args.warmup_steps
+        scheduler.lr_lambdas = [_floored(f, floor, rising, total) for f in scheduler.lr_lambdas]
+        return scheduler
 
     @property
     def stateful(self: Any) -> Any:
@@ -86,6 +98,27 @@ class Training:
         set_random_state(self.resume["random"])
 
 
+def _split(group: dict[str, Any], rate: Callable[[Any], float]) -> Iterator[dict[str, Any]]:
+    """A group of an optimizer for each rate among its parameters."""
+    rates = [rate(parameter) for parameter in group["params"]]
+    for lr in dict.fromkeys(rates):
+        members = [p for p, own in zip(group["params"], rates, strict=True) if own == lr]
+        yield group | {"params": members, "lr": lr}
+
+
+def _floored(
+    shape: Callable[[int], float], floor: float, rising: int, total: int
+) -> Callable[[int], float]:
+    """`shape` of a schedule of transformers, which falls to `floor` in `total` steps and stays."""
+
+    def multiplier(step: int) -> float:
+        if step < rising:
+            return shape(step)
+        return floor + (1.0 - floor) * shape(min(step, total))
+
+    return multiplier
+
+
 @contextmanager
 def _no_checkpoint_of_deepspeed() -> Iterator[None]:
     """transformers would look for one, but state is ours to restore."""
@@ -100,35 +133,37 @@ def _no_checkpoint_of_deepspeed() -> Iterator[None]:
         trainer.deepspeed_load_checkpoint = load
 
 
+@contextmanager
+def _unrounded(policy: Policy) -> Iterator[None]:
+    """TRL would put adapters over quantized weights into bfloat16, where small updates are lost;
+    they are what they were after this block.
+    """
+    kept = [(p, p.data) for p in policy.model.parameters() if p.requires_grad]
+    yield
+    for parameter, values in kept:
+        parameter.data = values
+
+
 def mixed(kind: type[Training], trainer: type) -> Any:
     """The class `trainer` of TRL, as `kind` changes it."""
     return type(trainer.__name__, (kind, trainer), {})
 
 
 @dataclass(kw_only=True)
-class TrainerAlgorithm:
+class TrainerAlgorithm(Rates):
     """Settings of every trainer, and its steps; a subclass adds rows and the trainer itself."""
 
-    key: ClassVar[str] = "algo"  # where the settings are given
     name: ClassVar[str]  # prefix of the metrics
     renamed: ClassVar[dict[str, str]]  # metrics: the trainer's name -> ours; others are dropped
 
-    lr: float
-    schedule: str = "constant"  # constant, linear or cosine
-    warmup: float = 0.0  # share of the steps with a rising learning rate
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])  # AdamW
-    weight_decay: float = 0.0
+    trains: ClassVar[bool] = True  # the policy
+
     max_grad_norm: float = 1.0
     batch: int
     micro_batch: int  # rows per forward pass; fewer than a step has accumulates gradients
 
     def __post_init__(self) -> None:
-        pick(self.schedule, SCHEDULES, f"{self.key}.schedule")
-        if not 0 <= self.warmup <= 1 or len(self.betas) != 2:
-            raise ValueError(
-                f"{self.key}.warmup={self.warmup} must be a share of the steps between 0 and 1, "
-                f"and {self.key}.betas={self.betas} two numbers"
-            )
+        super().__post_init__()
         if min(self.batch, self.micro_batch) < 1 or self.rows_per_step % self.micro_batch:
             raise ValueError(
                 f"the {self.rows_per_step} rows of a step ({self.key}.batch={self.batch}) must be "
@@ -163,7 +198,7 @@ class TrainerAlgorithm:
             "max_steps": steps,
             "learning_rate": self.lr,
             "lr_scheduler_type": SCHEDULES[self.schedule],
-            "warmup_steps": round(self.warmup * steps),
+            "warmup_steps": self.warmup_steps(steps),
             "adam_beta1": self.betas[0],
             "adam_beta2": self.betas[1],
             "weight_decay": self.weight_decay,
@@ -201,7 +236,9 @@ class TrainerAlgorithm:
         those of `trial` after `done`.
         """
         with scratch(policy) as folder:
-            self.trainer = build(folder)
+            with _unrounded(policy):
+                self.trainer = build(folder)
+            self.trainer.settings = self
             policy.whole = lambda: whole(self.trainer.accelerator)
             if policy.lora is not None and "ref" in policy.model.peft_config:
                 policy.model.delete_adapter("ref")  # TRL's own reference

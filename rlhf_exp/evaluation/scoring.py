@@ -23,7 +23,6 @@ from rlhf_exp.policy import (
     Rollouts,
     by_token,
     cut,
-    response_logits,
 )
 from rlhf_exp.reference import Reference
 from rlhf_exp.rewards import score
@@ -127,7 +126,7 @@ def against_reference(
         asked = policy.assemble(rollouts.prompts, rollouts.responses(), before)
 
     def ask(batch: Batch) -> tuple[torch.Tensor, ...]:
-        logits = losses.without(response_logits(policy.model, batch)[0], policy.control)
+        logits = losses.without(policy.logits(batch), policy.control)
         ref_batch = batch if asked is rollouts else cut(asked, batch.rows)
         ref_logits = losses.without(reference.logits(ref_batch), policy.control)
         new, ref = (

@@ -10,8 +10,9 @@ from rlhf_exp.artifacts import fingerprint
 from rlhf_exp.config import build
 from rlhf_exp.plan.memory import Job
 from rlhf_exp.plan.scorers import Given, scorers
-from rlhf_exp.plan.skeleton import Skeleton, read_config
+from rlhf_exp.plan.skeleton import of_policy
 from rlhf_exp.policy import Policy
+from rlhf_exp.precision import Autocast
 
 SEEN = 2000  # texts whose length is measured, spread over all
 
@@ -23,8 +24,9 @@ def describe(config: dict[str, Any], known: dict[str, Any]) -> Job:
     names = ("policy", "algo", "sft", "reward", "gold", "labeller", "preferences", "evaluation")
     built = {name: build(config[name], name) for name in (*names, "hardware")}
     policy: Policy = built["policy"]
+    policy.precision = Autocast(built["hardware"].mixed_precision)  # passes are traced on a CPU
     prompts, held_out, told = _lengths(config, policy, known)
-    skeleton = _skeleton(policy, policy.tokenizer)
+    skeleton = of_policy(policy, policy.tokenizer)
     given = Given(skeleton, prompts[-1] + policy.max_new_tokens + 1)
     found = [*scorers(built["reward"], "reward", "reward", given)]
     found += scorers(built["gold"], "gold", "gold", given)
@@ -40,30 +42,6 @@ def describe(config: dict[str, Any], known: dict[str, Any]) -> Job:
         demonstrations=told,
         known=known.setdefault("passes", {}),
         **rest,
-    )
-
-
-def _skeleton(policy: Policy, tokenizer: Any) -> Skeleton:
-    from transformers import AutoConfig
-
-    if policy.path is None:
-        fields = dict(policy.architecture or {})
-        ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-        kind = fields.pop("model_type")
-        model = AutoConfig.for_model(
-            kind, vocab_size=len(tokenizer), bos_token_id=None, **ids, **fields
-        )
-    else:
-        model = read_config(policy.path, policy.package)
-        inner = model.get_text_config()
-        inner.vocab_size = max(inner.vocab_size, len(tokenizer), tokenizer.pad_token_id + 1)
-    return Skeleton(
-        model,
-        dtype=policy.dtype,
-        lora=policy.lora,
-        train_top=policy.train_top,
-        quantization=policy.quantization,
-        checkpointing=getattr(policy, "gradient_checkpointing", False),
     )
 
 

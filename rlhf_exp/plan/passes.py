@@ -118,7 +118,7 @@ def decode(policy: Policy, rows: int, prompt: int) -> Pass:
     def work(model: Any) -> tuple[Iterable[Tensor], Run]:
         ids, mask = _sequence(rows, prompt + policy.max_new_tokens)
         model.eval()
-        with torch.no_grad():
+        with torch.no_grad(), policy.precision():
             cache = model(input_ids=ids[:, :-2], attention_mask=mask[:, :-2], logits_to_keep=1,
                           use_cache=True).past_key_values  # fmt: skip
 
@@ -140,14 +140,15 @@ def _next(model: Any, policy: Policy, ids: Tensor, mask: Tensor, cache: Any) -> 
     from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
     positions = (mask.cumsum(1) - 1)[:, -ids.shape[1] :]
-    out = model(
-        input_ids=ids,
-        attention_mask=mask,
-        position_ids=positions,
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    )
+    with policy.precision():
+        out = model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
     logits = scores = out.logits[:, -1].to(copy=True, dtype=torch.float32)
     if policy.min_new_tokens or policy.control:
         scores = torch.where(scores > 0, -torch.inf, scores.clone())  # tokens not to be drawn
@@ -219,7 +220,8 @@ def compare(
         def run(live: Live) -> None:
             logits = ref_logits = None  # those of a micro-batch stay until the next has its own
             for _ in range(1 + again):
-                logits = response_logits(model, batch)[0] if apart else None
+                with policy.precision():
+                    logits = response_logits(model, batch)[0] if apart else None
                 ref_logits = reference.logits(batch)
                 _asked(batch, policy, *(x for x in (logits, ref_logits) if x is not None))
 
@@ -382,8 +384,9 @@ def _experience(rows: int, response: int) -> tuple[Any, Experience]:
 def _reference(policy: Policy, model: Any) -> Reference:
     """Of `model` as it is; its copies are no part of a pass."""
     told: Any = SimpleNamespace(
-        model=model, lora=policy.lora, train_top=policy.train_top, prefix=policy.prefix
-    )
+        model=model, lora=policy.lora, train_top=policy.train_top, prefix=policy.prefix,
+        precision=policy.precision,
+    )  # fmt: skip
     with warnings.catch_warnings():  # copies of tensors without data ask where their data lies
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
         return Reference(told)

@@ -18,11 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf_exp import weights
+from rlhf_exp import adapters, forward, weights
 
 # Bytes of a quantized weight. int8: one, and a float32 per row, which is counted apart. nf4: half
 # of one, an 8-bit scale for 64 weights, and a float32 for 256 scales (Dettmers et al. 2023).
 QUANTIZED = {"int8": 1.0, "nf4": 0.5 + 1 / 64 + 4 / (64 * 256)}
+
+
+TRACED = ("eager", "sdpa")  # kinds of attention that need no package; flash takes what sdpa takes
 
 
 def read_config(path: str, package: str | None = None) -> Any:
@@ -47,6 +50,7 @@ class Skeleton:
     quantization: str | None = None
     trained: bool = True  # false: all of it is frozen
     checkpointing: bool = False  # activations are computed again on the way back
+    attention: str | None = None  # attn_implementation; null: the library's choice
 
     @property
     def key(self) -> str:
@@ -75,13 +79,15 @@ class Skeleton:
 
     def build(self) -> Any:
         """The model, on the default device and in the tensor mode of the moment."""
-        model = _CLASSES[self.head]()(self.config, dtype=getattr(torch, self.dtype)).eval()
+        chosen = {"attn_implementation": self.attention} if self.attention in TRACED else {}
+        kind = getattr(torch, self.dtype)
+        model = _CLASSES[self.head]()(self.config, dtype=kind, **chosen).eval()
         if self.quantization is not None:
             _pack(model)
         if not self.trained:
             return model.requires_grad_(False)
         if self.checkpointing:
-            _check_points(model.train())
+            forward.recompute(model)
         if self.lora is not None:
             return _adapted(model, self.lora, self.head)
         if self.train_top is not None:
@@ -95,10 +101,36 @@ class Skeleton:
             return count(self.build(), self.quantization)
 
 
-def _check_points(model: Any) -> None:
-    """Turn checkpointing on, under the name that this version of transformers has for it."""
-    names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
-    next(getattr(model, name) for name in names if hasattr(model, name))()
+def of_policy(policy: Any, tokenizer: Any = None) -> Skeleton:
+    """What `policy` loads, with room for all that its tokenizer knows."""
+    known = 0 if tokenizer is None else max(len(tokenizer), tokenizer.pad_token_id + 1)
+    return Skeleton(
+        _built(policy, tokenizer) if policy.path is None else _read(policy, known),
+        dtype=policy.dtype,
+        lora=policy.lora,
+        train_top=policy.train_top,
+        quantization=policy.quantization,
+        checkpointing=policy.gradient_checkpointing,
+        attention=policy.attention,
+    )
+
+
+def _built(policy: Any, tokenizer: Any) -> Any:
+    from transformers import AutoConfig
+
+    fields = dict(policy.architecture or {})
+    ids: dict[str, Any] = {"bos_token_id": None, "vocab_size": policy.vocabulary}
+    if tokenizer is not None:
+        ids |= {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
+        ids |= {"pad_token_id": tokenizer.pad_token_id}
+    return AutoConfig.for_model(fields.pop("model_type"), **ids, **fields)
+
+
+def _read(policy: Any, known: int) -> Any:
+    config = read_config(policy.path, policy.package)
+    inner = config.get_text_config()
+    inner.vocab_size = max(inner.vocab_size, known)
+    return config
 
 
 def settle(model: nn.Module) -> None:
@@ -149,7 +181,7 @@ def _adapted(model: Any, lora: dict[str, Any], head: str) -> Any:
         warnings.filterwarnings("ignore", "fan_in_fan_out is set to False")
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
         if head == "causal":
-            return weights.add_lora(model, lora)
+            return adapters.add_lora(model, lora)
         from peft import LoraConfig, get_peft_model
 
         told = LoraConfig(task_type="SEQ_CLS", modules_to_save=["score"], **lora)
@@ -177,7 +209,7 @@ class _Unpacked(torch.autograd.Function):
 
 def _pack(model: nn.Module) -> None:
     """Let every linear layer but the head work as a quantized one does; the rest is float32, as
-    `weights.add_lora` makes it.
+    `adapters.add_lora` makes it.
     """
     packed = {id(p) for p in linear_weights(model)}
     for module in model.modules():

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_exp import frozen, tokens, weights
+from rlhf_exp import adapters, frozen, tokens, weights
 from rlhf_exp.artifacts import write_json
 from rlhf_exp.choices import require
 from rlhf_exp.data.rows import subject
@@ -154,11 +154,11 @@ class Reader:
             )
             weights.fit_pad(model, self.tokenizer)
             self.model = model.eval().requires_grad_(False)
-            self.fingerprint = weights.fingerprint(model)
+            self.fingerprint = adapters.fingerprint(model)
             self.frozen = frozen.Frozen(model, device)
         else:
             self.model = shared.get_base_model() if self.shared is not None else shared
-            self.fingerprint = weights.fingerprint(self.model)
+            self.fingerprint = adapters.fingerprint(self.model)
         limits = [self.max_length, self.tokenizer.model_max_length]
         limits.append(getattr(config, "max_position_embeddings", None))
         limits.append(_positions(self.model))

@@ -77,4 +77,5 @@ def _generate(policy: "Policy", encoded: list[list[int]], width: int) -> Tensor:
         [[0] * (width - len(e)) + [1] * len(e) for e in encoded], device=policy.device
     )
     policy.model.generation_config = weights.generation_config(policy)
-    return policy.model.generate(input_ids=ids, attention_mask=mask)
+    with policy.precision():
+        return policy.model.generate(input_ids=ids, attention_mask=mask)

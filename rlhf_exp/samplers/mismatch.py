@@ -12,7 +12,6 @@ from rlhf_exp.policy import (
     Policy,
     Rollouts,
     by_token,
-    response_logits,
 )
 from rlhf_exp.samplers.server import SUPPRESSED, Completion
 
@@ -48,7 +47,7 @@ def own_logprobs(policy: Policy, rollouts: Rollouts) -> Tensor:
     """
 
     def ask(batch: Batch) -> tuple[Tensor, ...]:
-        logits = sampled_logits(policy, response_logits(policy.model, batch)[0])
+        logits = sampled_logits(policy, policy.logits(batch))
         return (losses.selective_log_softmax(logits, batch.response_ids).clamp(min=OUTSIDE),)
 
     with policy.whole():
