@@ -129,7 +129,7 @@ def test_schedules_are_the_same_in_trainers_and_here(
         ({"lr_floor": 2.0}, r"algo\.lr_floor=2\.0 between 0 and 1"),
         ({"warmup": 2.5}, r"algo\.warmup=2\.5 must be a number of steps, or a share"),
         ({"schedule": "linaer"}, r"algo\.schedule=linaer is not known.*did you mean linear"),
-        ({"betas": [0.9]}, r"algo\.betas=\[0\.9\] must be two numbers"),
+        ({"betas": [0.9]}, r"algo\.betas=\[0\.9\] two numbers"),
     ],
     ids=str,
 )

@@ -59,8 +59,8 @@ class Rates:
             )
         if len(self.betas) != 2 or self.weight_decay < 0:
             raise ValueError(
-                f"{self.key}.betas={self.betas} must be two numbers, and "
-                f"{self.key}.weight_decay={self.weight_decay} not negative"
+                f"{self.key}.weight_decay={self.weight_decay} must not be negative, and "
+                f"{self.key}.betas={self.betas} two numbers"
             )
 
     # ---- over the steps
