@@ -54,11 +54,11 @@ def test_an_adapter_is_merged(tiny_base, tmp_path: Path, kind: str) -> None:
     policy = trained(tiny_base(kind), tmp_path, **ADAPTED)
     folder = Export().write(tmp_path, CPU)
     assert folder == tmp_path / "export"
-    torch.testing.assert_close(exported(folder), logits(policy.model), atol=1e-5, rtol=0)
+    torch.testing.assert_close(exported(folder), logits(policy.model), atol=1e-4, rtol=0)
     with torch.no_grad(), policy.model.disable_adapter():
         assert (logits(policy.model) - exported(folder)).abs().max() > 0.1
     report = json.loads((folder / "export.json").read_text())
-    assert report["max"] < 1e-5
+    assert report["max"] < 1e-4
     assert report["same"] == 1.0
 
 
@@ -68,7 +68,7 @@ def test_what_is_exported_is_a_policy_to_start_from(tiny_base, tmp_path: Path) -
     again = Policy(path=str(folder), sft=False)
     again.load(folder)
     assert again.prefix == "> "
-    torch.testing.assert_close(logits(again.model), logits(policy.model), atol=1e-5, rtol=0)
+    torch.testing.assert_close(logits(again.model), logits(policy.model), atol=1e-4, rtol=0)
     assert weights.saved_settings(folder)["lora"] is False
 
 
@@ -78,7 +78,7 @@ def test_control_tokens_keep_their_rows(tiny_base, tmp_path: Path) -> None:
     policy.add_control_tokens(["<best>", "<worst>"])
     write_directory(tmp_path / "policy", policy.save, {})
     folder = Export().write(tmp_path, CPU)
-    torch.testing.assert_close(exported(folder), logits(policy.model), atol=1e-5, rtol=0)
+    torch.testing.assert_close(exported(folder), logits(policy.model), atol=1e-4, rtol=0)
     assert exported(folder).shape[-1] == logits(policy.model).shape[-1]
     assert weights.saved_settings(folder)["control"] == policy.control
 
