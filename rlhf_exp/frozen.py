@@ -51,7 +51,8 @@ class Frozen:
         if self.placement == "sharded" and processes.count() == 1:
             self.placement = "replicated"  # there is nobody to share with
         if self.placement == "replicated":
-            model.to(device)
+            if {p.device for p in model.parameters()} - {self.device}:
+                model.to(device)
             return
         self.processes = processes.count()
         self.parameters = list(model.parameters() if parameters is None else parameters)

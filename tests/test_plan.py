@@ -130,13 +130,37 @@ def test_where_nothing_helps_that_is_said() -> None:
         refuse(asked)
 
 
+def on(*hardware: str) -> dict[str, Any]:
+    """A larger run, on a hardware of conf/."""
+    big = ("+policy.architecture.n_ctx=128", "policy.architecture.n_embd=512", "reward=pairwise")
+    with initialize_config_dir(str(conf_directory()), version_base="1.3"):
+        return resolved(compose("config", overrides=[*SMALL, *big, *hardware]))
+
+
 def test_the_next_stage_of_zero_comes_first() -> None:
-    big = ("+policy.architecture.n_ctx=128", "policy.architecture.n_embd=512")
-    told = {"processes": 8, "peak_tflops": 1.0}
-    small = make(config(*big, stage=1, device_memory=100.0, **told))
-    room = small.largest.total / GIB
-    with pytest.raises(ValueError, match=r"this would fit: 'hardware\.stage=1'"):
-        refuse(config(*big, stage=0, device_memory=room / 0.94, **told))
+    eight = ("hardware.processes=8", "hardware.peak_tflops=1")
+    room = (
+        make(on("hardware=zero1", "hardware.device_memory=100", *eight)).largest.total / GIB / 0.94
+    )
+    told = r"this would fit: 'hardware=zero1' .*'hardware\.processes=8' 'hardware\.device_memory="
+    with pytest.raises(ValueError, match=told):
+        refuse(on("hardware=cpu", f"hardware.device_memory={room}", *eight))
+
+
+def test_models_that_are_never_trained_may_lie_elsewhere() -> None:
+    gpu = ("hardware=gpu", "hardware.peak_tflops=1", "hardware.device_memory=100")
+    whole, away = make(on(*gpu)), make(on(*gpu, "hardware.frozen=offloaded"))
+    update = {p.name: p for p in whole.phases}["update"], {p.name: p for p in away.phases}["update"]
+    assert update[0].parts["reference"] > 1e6
+    assert update[1].parts.get("reference", 0.0) == 0.0
+    back = {p.name: p for p in away.phases}["look-back"]
+    assert back.parts["reference"] == update[0].parts["reference"]  # while it is asked
+    shared = make(on(*gpu, "hardware.frozen=sharded", "hardware.processes=4"))
+    part = {p.name: p for p in shared.phases}["update"].parts["reference"]
+    assert part == update[0].parts["reference"] / 4
+    least = max(p.total for p in away.phases) / GIB / 0.94
+    with pytest.raises(ValueError, match=r"would fit: '(hardware=zero3_offload|hardware.frozen)"):
+        refuse(on(*gpu[:2], f"hardware.device_memory={least}"))
 
 
 def test_what_fits_and_what_is_not_known_is_let_through(need: float) -> None:

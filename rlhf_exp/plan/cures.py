@@ -1,26 +1,37 @@
 """What to change so that a run fits: settings in the order of what they cost, each tried by
 planning again.
 
-First what leaves the result as it is: the next stage of ZeRO, offloading, smaller micro-batches.
-Then what is another experiment: a LoRA adapter, quantized weights under it. The first single change
-that is enough is named; if none is, changes are added up until it is.
+First what leaves the result as it is: the next stage of ZeRO, offloading, models that are never
+trained in the host's memory, smaller micro-batches. Then what is another experiment: a LoRA
+adapter, quantized weights under it. The first single change that is enough is named; if none is,
+changes are added up until it is.
 """
 
 import copy
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from typing import Any
 
 from omegaconf import OmegaConf
 
+from rlhf_exp.config import build, overridden
+from rlhf_exp.hardware import Hardware
+
 Changes = dict[str, Any]
 Config = dict[str, Any]
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
+KEPT = [f.name for f in fields(Hardware)]  # of the machine, whichever class divides the work
 
 
 def changed(config: Config, changes: Changes) -> Config:
-    """A copy of `config` with the settings at these dotted keys."""
+    """A copy of `config` with the settings at these dotted keys; the key `hardware` is an option,
+    for the same machine.
+    """
     tree = OmegaConf.create(copy.deepcopy(config))
     for key, value in changes.items():
+        if key == "hardware":
+            kept = {name: config["hardware"][name] for name in KEPT if name in config["hardware"]}
+            value = overridden("hardware", {}, [f"hardware={value}"]) | kept
         OmegaConf.update(tree, key, value, merge=False)
     found = OmegaConf.to_container(tree)
     assert isinstance(found, dict)
@@ -29,10 +40,15 @@ def changed(config: Config, changes: Changes) -> Config:
 
 def cure(config: Config, known: dict[str, Any]) -> str:
     """The nearest settings with which the plan fits, as overrides for the command line."""
-    groups = (_stages, _offloads, _smaller, _adapters)
+    groups = (_stages, _frozen, _smaller, _adapters)
     found = _first(config, groups, known)
     if found is None:
         return "no setting tried here would do (ZeRO, offloading, micro-batches, LoRA, nf4)"
+    if "hardware" in found:  # another option forgets what was given for this machine
+        option = overridden("hardware", {}, [f"hardware={found['hardware']}"])
+        own = {k: config["hardware"][k] for k in KEPT if k in config["hardware"]}
+        given = {f"hardware.{k}": v for k, v in own.items() if v != option.get(k)}
+        found = {"hardware": found["hardware"]} | given | found
     return "this would fit: " + " ".join(f"'{k}={_value(v)}'" for k, v in found.items())
 
 
@@ -64,20 +80,18 @@ def _fits(config: Config, changes: Changes, known: dict[str, Any]) -> bool:
 
 
 def _stages(config: Config, so_far: Changes, known: dict[str, Any]) -> Iterator[Changes]:
-    hardware = config["hardware"]
-    if hardware.get("processes", 1) * hardware.get("nodes", 1) > 1 and "stage" in hardware:
-        for stage in range(hardware["stage"] + 1, 4):
-            yield so_far | {"hardware.stage": stage}
+    """What divides more of the model among the same processes, or keeps it in the host's memory."""
+    hardware: Hardware = build(config["hardware"], "hardware")
+    several = hardware.processes * hardware.nodes > 1
+    for stage in range(hardware.stage + 1, 4) if several else ():
+        yield so_far | {"hardware": f"zero{stage}"}
+    if hardware.kind == "cuda" and not hardware.offload_parameters:
+        yield so_far | {"hardware": "zero3_offload"}
 
 
-def _offloads(config: Config, so_far: Changes, known: dict[str, Any]) -> Iterator[Changes]:
-    hardware = config["hardware"] | {
-        k.removeprefix("hardware."): v for k, v in so_far.items() if k.startswith("hardware.")
-    }
-    for name, least in (("offload_optimizer", 1), ("offload_parameters", 3)):
-        if hardware.get("stage", 0) >= least and hardware.get(name) is False:
-            so_far = so_far | {f"hardware.{name}": True}
-            yield so_far
+def _frozen(config: Config, so_far: Changes, known: dict[str, Any]) -> Iterator[Changes]:
+    if config["hardware"].get("frozen") == "replicated" and config["hardware"]["device"] != "cpu":
+        yield so_far | {"hardware.frozen": "offloaded"}
 
 
 def _smaller(config: Config, so_far: Changes, known: dict[str, Any]) -> Iterator[Changes]:

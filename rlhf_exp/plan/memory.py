@@ -177,10 +177,29 @@ def _standing(job: Job, *, whole: bool = False) -> Parts:
         size = _value_head(job)
         parts["value head"] = 4.0 * size
         parts["optimizer"] += _states(job, size, 4.0 * size)
-    parts["reference"] = _reference(job)
+    return parts | {name: _put_away(job, size) for name, size in _frozen(job).items() if size}
+
+
+def _frozen(job: Job) -> Parts:
+    """Models that the stage align asks and never trains, whole; see frozen.py."""
+    reference = _reference(job)
     if getattr(job.algo, "kl_coef", 0) and isinstance(job.algo, ReST):
-        parts["reference"] += counts.bytes  # the behavior policy
-    return parts | {s.name: s.bytes for s in job.scorers if s.bytes}
+        reference += job.skeleton.counts.bytes  # the behavior policy
+    return {"reference": reference} | {s.name: s.bytes for s in job.scorers}
+
+
+def _put_away(job: Job, size: float) -> float:
+    """Of a model of `size` bytes, what lies on a device while nobody asks it."""
+    if job.hardware.frozen == "sharded":
+        return size / job.processes
+    offloaded = job.hardware.frozen == "offloaded" and job.hardware.kind == "cuda"
+    return 0.0 if offloaded else size
+
+
+def _asked(job: Job, standing: Parts, name: str) -> Parts:
+    """`standing`, with the whole of the frozen model `name`."""
+    size = _frozen(job).get(name, 0.0)
+    return standing | {name: max(size, standing.get(name, 0.0))} if size else standing
 
 
 def _value_head(job: Job) -> int:
@@ -281,7 +300,12 @@ def _align(job: Job) -> Iterator[Phase]:
         yield Phase("align", "sampling", add(sampled, made), knob)
     for scorer in job.scorers:
         if (made := scorer.scoring(job, count)) is not None:
-            yield Phase("align", f"scoring: {scorer.name}", add(standing, made), scorer.knob)
+            yield Phase(
+                "align",
+                f"scoring: {scorer.name}",
+                add(_asked(job, standing, scorer.name), made),
+                scorer.knob,
+            )
     yield from _learning(job, standing)
     yield from _evaluation(job, standing, sampled)
 
@@ -293,18 +317,21 @@ def _learning(job: Job, standing: Parts) -> Iterator[Phase]:
     if isinstance(algo, DPO):
         rows, prompt = job.widest(4096, MAX_ROLLOUT_TOKENS)
         made = job.trace(skeleton, passes.compare, policy, rows, prompt, True, False)
-        yield Phase("align", "reference", add(standing, made))
+        yield Phase("align", "reference", add(_asked(job, standing, "reference"), made))
     if not isinstance(algo, PPO | Imitation):
         return
     count = job.share(algo.batch * algo.samples)
     if isinstance(algo, PPO):
         rows, prompt = job.widest(count, algo.token_budget)
         made = job.trace(skeleton, passes.looking_back, algo, policy, rows, prompt, job.mixed)
-        yield Phase("align", "look-back", add(standing, made), "algo.token_budget")
+        asked = _asked(job, standing, "reference")
+        yield Phase("align", "look-back", add(asked, made), "algo.token_budget")
     minibatch = job.share(min(algo.minibatch, algo.batch * algo.samples))
     rows, prompt = job.widest(minibatch, algo.token_budget)
     again = rows < minibatch
     made = job.trace(skeleton, passes.learn, algo, policy, rows, prompt, again, job.mixed)
+    if algo.kl_loss_coef if isinstance(algo, PPO) else algo.kl_coef:
+        standing = _asked(job, standing, "reference")
     update = add(standing, _divided(job, skeleton.counts, made))
     yield Phase("align", "update", update, "algo.token_budget")
 
@@ -317,4 +344,5 @@ def _evaluation(job: Job, standing: Parts, sampled: Parts) -> Iterator[Phase]:
     if not isinstance(job.algo, BestOfN):
         rows, prompt = job.widest(count, MAX_ROLLOUT_TOKENS)
         made = job.trace(job.skeleton, passes.compare, job.policy, rows, prompt, rows < count)
-        yield Phase("align", "evaluation: KL", add(standing, made), "evaluation.prompts")
+        asked = _asked(job, standing, "reference")
+        yield Phase("align", "evaluation: KL", add(asked, made), "evaluation.prompts")

@@ -385,7 +385,7 @@ def _reference(policy: Policy, model: Any) -> Reference:
     """Of `model` as it is; its copies are no part of a pass."""
     told: Any = SimpleNamespace(
         model=model, lora=policy.lora, train_top=policy.train_top, prefix=policy.prefix,
-        precision=policy.precision,
+        precision=policy.precision, device=next(model.parameters()).device,
     )  # fmt: skip
     with warnings.catch_warnings():  # copies of tensors without data ask where their data lies
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
