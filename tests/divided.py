@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from engine_steps import two
 from lab import DATA, PROMPTS, SHAPE, Lab, Vowels, seed_everything
 
 from rlhf_exp import processes
@@ -15,8 +16,6 @@ from rlhf_exp.algorithms.labels import Quantiles
 from rlhf_exp.algorithms.ppo import PPO
 from rlhf_exp.algorithms.rest import ReST
 from rlhf_exp.artifacts import Store
-from rlhf_exp.hardware import Hardware
-from rlhf_exp.hardware.deepspeed import DeepSpeed
 from rlhf_exp.hardware.engine import whole
 from rlhf_exp.policy import Policy, Rollouts
 from rlhf_exp.rewards import scored
@@ -51,15 +50,6 @@ ALGORITHMS: dict[str, Callable[[], Any]] = {
 }
 
 
-def hardware(stage: int) -> Hardware:
-    """Two processes: DDP (0) or a stage of ZeRO, which divides even the smallest weights."""
-    if stage == 0:
-        return Hardware(processes=2, timeout=60)
-    zero = {"stage": stage} | ({"stage3_param_persistence_threshold": 0} if stage == 3 else {})
-    settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
-    return DeepSpeed(processes=2, timeout=60, deepspeed=settings)
-
-
 def learned(name: str, room: Lab, rollouts: list[Rollouts]) -> tuple[dict[str, Any], Any]:
     """Metrics of the last of two steps, and the weights after it."""
     algorithm = ALGORITHMS[name]()
@@ -71,7 +61,7 @@ def learned(name: str, room: Lab, rollouts: list[Rollouts]) -> tuple[dict[str, A
     return metrics[-1], room.policy.trainable_state()
 
 
-def compare(folder: Path, name: str, stage: int) -> None:
+def compare(folder: Path, name: str, where: str) -> None:
     """Assert that two processes learn what one does."""
     store = Store(folder / "store")
     base = processes.first(
@@ -83,7 +73,8 @@ def compare(folder: Path, name: str, stage: int) -> None:
         metrics, weights = learned(name, room, rollouts)
 
     room = Lab(base, folder / "together")
-    accelerator = hardware(stage).accelerator()
+    hardware = two(where)
+    accelerator = hardware.accelerator()
     room.trial.accelerator = accelerator
     room.policy.whole = lambda: whole(accelerator)
     found, ours = learned(name, room, rollouts)
@@ -108,4 +99,4 @@ def compare(folder: Path, name: str, stage: int) -> None:
     half = len(drawn) // 2
     assert drawn.completions[:half] != drawn.completions[-half:]
     assert torch.equal(drawn.scores, room.reward(drawn.prompts, drawn.completions))  # type: ignore[arg-type]
-    hardware(stage).release(accelerator)
+    hardware.release(accelerator)

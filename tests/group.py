@@ -88,24 +88,24 @@ def vanishing(folder: Path) -> None:
     processes.barrier()
 
 
-def zero(folder: Path, stage: str) -> None:
+def engine(folder: Path, hardware: str) -> None:
     """Engines take the steps of one process, whatever the shares; see test_engine.py."""
     from engine_steps import compare
 
-    compare(int(stage))
+    compare(hardware)
 
 
-def divided(folder: Path, algorithm: str, stage: str) -> None:
+def divided(folder: Path, algorithm: str, hardware: str) -> None:
     """Algorithms learn what they learn in one process; see test_divided.py."""
     from divided import compare
 
-    compare(folder, algorithm, int(stage))
+    compare(folder, algorithm, hardware)
 
 
 PARTS: dict[str, Any] = {
     "together": together,
     "vanishing": vanishing,
-    "zero": zero,
+    "engine": engine,
     "divided": divided,
 }
 

@@ -1,4 +1,4 @@
-"""Two processes learn from a batch what one does: under DDP and ZeRO, with and without control
+"""Two processes learn from a batch what one does: under DDP, ZeRO and FSDP, with and without control
 tokens.
 """
 
@@ -11,9 +11,19 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
-    ("algorithm", "stage"),
-    [("ppo", 0), ("ppo", 2), ("ppo", 3), ("rest", 2), ("rest", 3), ("quark", 3)],
+    ("algorithm", "hardware"),
+    [
+        ("ppo", "ddp"),
+        ("ppo", "zero2"),
+        ("ppo", "zero3"),
+        ("ppo", "fsdp2"),
+        ("rest", "zero2"),
+        ("rest", "zero3"),
+        ("rest", "fsdp2"),
+        ("quark", "zero3"),
+        ("quark", "fsdp2"),
+    ],
 )
-def test_two_processes_learn_what_one_does(algorithm: str, stage: int, tmp_path: Path) -> None:
-    ended = group.of(2, "divided", tmp_path, algorithm, stage)
+def test_two_processes_learn_what_one_does(algorithm: str, hardware: str, tmp_path: Path) -> None:
+    ended = group.of(2, "divided", tmp_path, algorithm, hardware)
     assert [p.returncode for p in ended] == [0, 0], "".join(p.stderr for p in ended)
