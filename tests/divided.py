@@ -50,6 +50,13 @@ ALGORITHMS: dict[str, Callable[[], Any]] = {
 }
 
 
+POLICIES: dict[str, dict[str, Any]] = {
+    "whole": {},
+    "top": {"train_top": 1},
+    "lora": {"lora": {"r": 2, "target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True}},
+}
+
+
 def learned(name: str, room: Lab, rollouts: list[Rollouts]) -> tuple[dict[str, Any], Any]:
     """Metrics of the last of two steps, and the weights after it."""
     algorithm = ALGORITHMS[name]()
@@ -61,18 +68,18 @@ def learned(name: str, room: Lab, rollouts: list[Rollouts]) -> tuple[dict[str, A
     return metrics[-1], room.policy.trainable_state()
 
 
-def compare(folder: Path, name: str, where: str) -> None:
+def compare(folder: Path, name: str, where: str, policy: str) -> None:
     """Assert that two processes learn what one does."""
     store = Store(folder / "store")
     base = processes.first(
         lambda: Policy(architecture=dict(SHAPE), vocabulary=300).base(store, PROMPTS)
     )
     with processes.alone():
-        room = Lab(base, folder / f"alone-{processes.rank()}")
+        room = Lab(base, folder / f"alone-{processes.rank()}", **POLICIES[policy])
         rollouts = [scored(room.policy.sample(PROMPTS, SAMPLES), room.reward) for _ in range(2)]
         metrics, weights = learned(name, room, rollouts)
 
-    room = Lab(base, folder / "together")
+    room = Lab(base, folder / "together", **POLICIES[policy])
     hardware = two(where)
     accelerator = hardware.accelerator()
     room.trial.accelerator = accelerator

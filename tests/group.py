@@ -95,17 +95,25 @@ def engine(folder: Path, hardware: str) -> None:
     compare(hardware)
 
 
-def divided(folder: Path, algorithm: str, hardware: str) -> None:
+def sharded(folder: Path, what: str) -> None:
+    """FSDP takes the steps of plain AdamW, and its state is anybody's; see test_fsdp.py."""
+    import sharded_steps
+
+    {"compare": sharded_steps.compare, "go_on": sharded_steps.go_on}[what](folder)
+
+
+def divided(folder: Path, algorithm: str, hardware: str, policy: str = "whole") -> None:
     """Algorithms learn what they learn in one process; see test_divided.py."""
     from divided import compare
 
-    compare(folder, algorithm, hardware)
+    compare(folder, algorithm, hardware, policy)
 
 
 PARTS: dict[str, Any] = {
     "together": together,
     "vanishing": vanishing,
     "engine": engine,
+    "sharded": sharded,
     "divided": divided,
 }
 

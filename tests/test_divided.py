@@ -1,4 +1,4 @@
-"""Two processes learn from a batch what one does: under DDP, ZeRO and FSDP, with and without control
+"""Two processes learn from a batch what one does: under DDP and ZeRO, with and without control
 tokens.
 """
 
@@ -16,12 +16,9 @@ pytestmark = pytest.mark.slow
         ("ppo", "ddp"),
         ("ppo", "zero2"),
         ("ppo", "zero3"),
-        ("ppo", "fsdp2"),
         ("rest", "zero2"),
         ("rest", "zero3"),
-        ("rest", "fsdp2"),
         ("quark", "zero3"),
-        ("quark", "fsdp2"),
     ],
 )
 def test_two_processes_learn_what_one_does(algorithm: str, hardware: str, tmp_path: Path) -> None:
