@@ -87,7 +87,7 @@ def alone(build: Callable[[], PolicyWithValue], *numbers: int, **start: Any) -> 
         trained = descent(accelerator, module)
         if start:
             load(accelerator, module, start["weights"])
-            trained.load_state(start["state"])
+            trained.load_state(copy.deepcopy(start["state"]))  # or its steps would be counted on
         norms = steps(trained, *numbers)
         return norms, values(accelerator, module), copy.deepcopy(trained.state())
 

@@ -165,6 +165,9 @@ def _divided(module: nn.Module, accelerator: Any) -> list[Any]:
     reshard = accelerator.sharding.reshard_after_forward
     for unit in units:
         fully_shard(unit, mesh=mesh, reshard_after_forward=reshard)
+    for state in [unit._get_fsdp_state() for unit in units]:
+        for parameter in [p for group in state._fsdp_param_groups for p in group.fsdp_params]:
+            parameter._post_load_hook_handle.remove()  # weights are loaded whole
     # the root is what runs forward first, but samplers and references ask the inner model
     units[-1]._get_fsdp_state()._lazy_init()
     return units
