@@ -392,13 +392,14 @@ class Policy:
             }
 
     def load_trainable_state(self, state: dict[str, Tensor]) -> None:
-        own = {k: p for k, p in self.model.named_parameters() if p.requires_grad}
-        if own.keys() != state.keys():
-            odd = sorted(own.keys() ^ state.keys())[0]
-            raise ValueError(
-                f"the checkpoint was made by another policy: it disagrees on the parameter {odd}"
-            )
         with torch.no_grad(), self.whole():
+            own = {k: p for k, p in self.model.named_parameters() if p.requires_grad}
+            if own.keys() != state.keys():
+                odd = sorted(own.keys() ^ state.keys())[0]
+                raise ValueError(
+                    "the checkpoint was made by another policy: it disagrees on the parameter "
+                    f"{odd}"
+                )
             for name, parameter in own.items():
                 parameter.copy_(state[name])
 

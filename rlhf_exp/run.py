@@ -139,6 +139,8 @@ class Stages:
             )
         self.gold.check(self.fitting)
         self.reward.check(self.fitting)
+        if "align" in config["stages"]:
+            self.hardware.check_training(self.policy, self.algo)
 
     def run(self) -> None:
         """Do the stages asked for."""

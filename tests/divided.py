@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from engine_steps import two
 from lab import DATA, PROMPTS, SHAPE, Lab, Vowels, seed_everything
 
 from rlhf_exp import frozen, processes
@@ -16,8 +17,6 @@ from rlhf_exp.algorithms.labels import Quantiles
 from rlhf_exp.algorithms.ppo import PPO
 from rlhf_exp.algorithms.rest import ReST
 from rlhf_exp.artifacts import Store
-from rlhf_exp.hardware import Hardware
-from rlhf_exp.hardware.deepspeed import DeepSpeed
 from rlhf_exp.hardware.engine import whole
 from rlhf_exp.policy import Policy, Rollouts, cut, response_logits
 from rlhf_exp.reference import Reference
@@ -53,13 +52,11 @@ ALGORITHMS: dict[str, Callable[[], Any]] = {
 }
 
 
-def hardware(stage: int) -> Hardware:
-    """Two processes: DDP (0) or a stage of ZeRO, which divides even the smallest weights."""
-    if stage == 0:
-        return Hardware(processes=2, timeout=60)
-    zero = {"stage": stage} | ({"stage3_param_persistence_threshold": 0} if stage == 3 else {})
-    settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
-    return DeepSpeed(processes=2, timeout=60, deepspeed=settings)
+POLICIES: dict[str, dict[str, Any]] = {
+    "whole": {},
+    "top": {"train_top": 1},
+    "lora": {"lora": {"r": 2, "target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True}},
+}
 
 
 def learned(name: str, room: Lab, rollouts: list[Rollouts]) -> tuple[dict[str, Any], Any]:
@@ -101,19 +98,20 @@ def shards(folder: Path) -> None:
             reference.logits(batch)
 
 
-def compare(folder: Path, name: str, stage: int) -> None:
+def compare(folder: Path, name: str, where: str, policy: str) -> None:
     """Assert that two processes learn what one does."""
     store = Store(folder / "store")
     base = processes.first(
         lambda: Policy(architecture=dict(SHAPE), vocabulary=300).base(store, PROMPTS)
     )
     with processes.alone():
-        room = Lab(base, folder / f"alone-{processes.rank()}")
+        room = Lab(base, folder / f"alone-{processes.rank()}", **POLICIES[policy])
         rollouts = [scored(room.policy.sample(PROMPTS, SAMPLES), room.reward) for _ in range(2)]
         metrics, weights = learned(name, room, rollouts)
 
-    room = Lab(base, folder / "together")
-    accelerator = hardware(stage).accelerator()
+    room = Lab(base, folder / "together", **POLICIES[policy])
+    hardware = two(where)
+    accelerator = hardware.accelerator()
     room.trial.accelerator = accelerator
     room.policy.whole = lambda: whole(accelerator)
     found, ours = learned(name, room, rollouts)
@@ -138,4 +136,4 @@ def compare(folder: Path, name: str, stage: int) -> None:
     half = len(drawn) // 2
     assert drawn.completions[:half] != drawn.completions[-half:]
     assert torch.equal(drawn.scores, room.reward(drawn.prompts, drawn.completions))  # type: ignore[arg-type]
-    hardware(stage).release(accelerator)
+    hardware.release(accelerator)

@@ -1,6 +1,9 @@
-"""PPO's module under ZeRO in two processes beside the same in one, for test_engine.py."""
+"""PPO's module divided between two processes beside the same in one, for test_engine.py and
+test_fsdp.py.
+"""
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +15,7 @@ from rlhf_exp.algorithms.ppo import PolicyWithValue
 from rlhf_exp.hardware import Hardware
 from rlhf_exp.hardware.deepspeed import DeepSpeed
 from rlhf_exp.hardware.engine import whole
+from rlhf_exp.hardware.fsdp import FSDP
 from rlhf_exp.policy import Batch
 
 ROWS, RESPONSE, CLIP = 7, 6, 0.5  # rollouts of a step: 3 for one process, 4 for the other
@@ -64,10 +68,21 @@ def worst(ours: list[Tensor], theirs: list[Tensor]) -> float:
     return max(float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True))
 
 
-def compare(stage: int) -> None:
-    zero = {"stage": stage} | ({"stage3_param_persistence_threshold": 0} if stage == 3 else {})
+def two(name: str) -> Hardware:
+    """Two processes on the CPU: ddp, zero2, zero3 (which divides even the smallest weights) or
+    fsdp2.
+    """
+    where: dict[str, Any] = {"device": "cpu", "processes": 2, "timeout": 60}
+    if not name.startswith("zero"):
+        return {"ddp": Hardware, "fsdp2": FSDP}[name](**where)
+    zero = {"stage": int(name[-1])}
+    zero |= {"stage3_param_persistence_threshold": 0} if name == "zero3" else {}
     settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
-    hardware = DeepSpeed(processes=2, timeout=60, deepspeed=settings)
+    return DeepSpeed(deepspeed=settings, **where)
+
+
+def compare(name: str) -> None:
+    hardware = two(name)
     with processes.alone():  # what one process does
         one = Hardware().accelerator()
         plain = descent(one, built())

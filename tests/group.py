@@ -91,24 +91,32 @@ def vanishing(folder: Path) -> None:
     processes.barrier()
 
 
-def zero(folder: Path, stage: str) -> None:
+def engine(folder: Path, hardware: str) -> None:
     """Engines take the steps of one process, whatever the shares; see test_engine.py."""
     from engine_steps import compare
 
-    compare(int(stage))
+    compare(hardware)
 
 
-def divided(folder: Path, algorithm: str, stage: str) -> None:
+def sharded(folder: Path, what: str) -> None:
+    """FSDP takes the steps of plain AdamW, and its state is anybody's; see test_fsdp.py."""
+    import sharded_steps
+
+    {"compare": sharded_steps.compare, "go_on": sharded_steps.go_on}[what](folder)
+
+
+def divided(folder: Path, algorithm: str, hardware: str, policy: str = "whole") -> None:
     """Algorithms learn what they learn in one process; see test_divided.py."""
     from divided import compare
 
-    compare(folder, algorithm, int(stage))
+    compare(folder, algorithm, hardware, policy)
 
 
 PARTS: dict[str, Any] = {
     "together": together,
     "vanishing": vanishing,
-    "zero": zero,
+    "engine": engine,
+    "sharded": sharded,
     "divided": divided,
 }
 

@@ -11,9 +11,16 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
-    ("algorithm", "stage"),
-    [("ppo", 0), ("ppo", 2), ("ppo", 3), ("rest", 2), ("rest", 3), ("quark", 3)],
+    ("algorithm", "hardware"),
+    [
+        ("ppo", "ddp"),
+        ("ppo", "zero2"),
+        ("ppo", "zero3"),
+        ("rest", "zero2"),
+        ("rest", "zero3"),
+        ("quark", "zero3"),
+    ],
 )
-def test_two_processes_learn_what_one_does(algorithm: str, stage: int, tmp_path: Path) -> None:
-    ended = group.of(2, "divided", tmp_path, algorithm, stage)
+def test_two_processes_learn_what_one_does(algorithm: str, hardware: str, tmp_path: Path) -> None:
+    ended = group.of(2, "divided", tmp_path, algorithm, hardware)
     assert [p.returncode for p in ended] == [0, 0], "".join(p.stderr for p in ended)

@@ -20,8 +20,6 @@ from rlhf_exp.hardware import Hardware, launch
 from rlhf_exp.hardware.deepspeed import DeepSpeed
 from rlhf_exp.hardware.fsdp import FSDP
 
-NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-
 
 def preset(name: str, *overrides: str) -> Hardware:
     with initialize_config_dir(str(conf_directory()), version_base="1.3"):
@@ -84,20 +82,6 @@ def test_bf16_leaves_weights_in_fp32() -> None:
     assert "torch_autocast" not in own.configuration()
 
 
-def test_fsdp_builds_its_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [n for n in os.environ if n.startswith("FSDP_")]:
-        monkeypatch.delenv(name)
-    hardware = preset("fsdp2", "hardware.fsdp.cpu_offload=true")
-    assert isinstance(hardware, FSDP)
-    plugin = hardware.plugin()
-    assert plugin.fsdp_version == 2
-    assert plugin.reshard_after_forward is True
-    assert type(plugin.cpu_offload).__name__ == "CPUOffloadPolicy"
-    assert plugin.auto_wrap_policy.__name__ == "transformer_auto_wrap_policy"
-    assert hardware.offload_parameters
-    assert hardware.offload_optimizer
-
-
 # ---- refusals
 
 
@@ -141,12 +125,6 @@ def test_an_offload_folder_that_cannot_be_written_to(path: str, tmp_path: Path) 
     with pytest.raises(ValueError, match=rf"offload_param\.nvme_path={path} cannot be written to"):
         hardware.check()
     preset("zero3_offload", f"{key}.device=nvme", f"{key}.nvme_path={tmp_path}").check()
-
-
-@NO_GPU
-def test_fsdp_without_a_gpu() -> None:
-    with pytest.raises(ValueError, match=r"FSDP needs GPUs .* hardware=zero3"):
-        preset("fsdp2").check()
 
 
 @pytest.mark.parametrize(

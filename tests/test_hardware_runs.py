@@ -117,10 +117,11 @@ def test_stopped_and_resumed(artifacts: Path, tmp_path: Path) -> None:
     assert json.loads((directory / "summary.json").read_text())["step"] == 6
 
 
-def test_a_process_that_is_killed(artifacts: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("hardware", ["cpu", "fsdp2"])
+def test_a_process_that_is_killed(hardware: str, artifacts: Path, tmp_path: Path) -> None:
     directory = tmp_path / "run"
     asked = [*ASKED, "algo.steps=500", f"artifacts={artifacts}", f"hydra.run.dir={directory}"]
-    process = started(directory, *asked, "hardware=cpu", "hardware.processes=2")
+    process = started(directory, *asked, f"hardware={hardware}", "hardware.processes=2")
     metrics = directory / "metrics.jsonl"
     until(lambda: metrics.exists() and '"reward/proxy":' in metrics.read_text(), process)
     pids = workers_of(directory)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_exp import processes
-from rlhf_exp.hardware.engine import Engine
+from rlhf_exp.hardware.engine import dividing
 
 
 @dataclass
@@ -41,13 +41,12 @@ class Descent:
             fused=True,
         )
         self.accelerator, self.max_grad_norm = accelerator, max_grad_norm
-        self.engine: Engine | None = None
-        if accelerator.distributed_type == "DEEPSPEED":
-            self.engine = Engine(accelerator, module, optimizer, max_grad_norm)
+        self.engine = dividing(accelerator, module, optimizer, max_grad_norm)
+        if self.engine is not None:
             self.module, self.optimizer = self.engine.module, self.engine.wrapper
         else:
             self.module, self.optimizer = accelerator.prepare(module, optimizer)
-        self.trained = [p for group in groups for p in group.parameters]
+            self.trained = [p for group in groups for p in group.parameters]
         self.rates = [group.lr for group in groups]
         self.skipped = 0  # steps not taken
 

@@ -117,6 +117,11 @@ class Hardware:
                 "or torchrun, as in launchers/slurm.sh"
             )
 
+    def check_training(self, policy: Any, algo: Any) -> None:
+        """Refuse a policy or an algorithm that cannot be trained here: ValueError, before anything
+        is loaded.
+        """
+
     def launch(self, directory: Path, *, isolated: bool) -> None:
         """Do the run that `directory` describes: as one of the group that torchrun or srun
         started, in place, or in processes of its own (jobs of a sweep share nothing).

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_exp import processes
+from rlhf_exp.hardware.sharded import Sharded
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's
 
@@ -172,13 +173,31 @@ def _refusing(optimizer: Any) -> Iterator[list[Tensor]]:
         delattr(optimizer, name)
 
 
+def dividing(
+    accelerator: Any, module: nn.Module, optimizer: Any, max_grad_norm: float | None
+) -> Engine | Sharded | None:
+    """What trains `module` where the processes of `accelerator` divide its state; None where each
+    holds all of it.
+    """
+    if accelerator.distributed_type == "DEEPSPEED":
+        return Engine(accelerator, module, optimizer, max_grad_norm)
+    if hasattr(accelerator, "sharding"):
+        return Sharded(accelerator, module, optimizer, max_grad_norm)
+    return None
+
+
 @contextmanager
 def whole(accelerator: Any) -> Iterator[None]:
     """Every process holds all weights of what `accelerator` prepared, in this block: to sample by
     an inner model, to read weights or to load them (the main process's values are kept).
 
-    Under ZeRO-3 only; elsewhere weights are whole.
+    Under ZeRO-3 and FSDP only; elsewhere weights are whole.
     """
+    sharding = getattr(accelerator, "sharding", None)
+    if sharding is not None and sharding.engine is not None:
+        with sharding.engine.whole():
+            yield
+        return
     divided = [
         module
         for module in accelerator._models

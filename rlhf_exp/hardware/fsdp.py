@@ -1,11 +1,13 @@
 """PyTorch's fully sharded data parallelism, second version: weights, gradients and optimizer state
-divided among GPUs.
+divided among the processes, on GPUs or CPUs.
 
-Left out: CPUs (Accelerate would run unsynchronized replicas there, without a word).
+The group is a plain one: sharded.py divides the module where an algorithm makes its optimizer.
+Accelerate's own FSDP is not used: it is for GPUs only, and would run unsynchronized replicas on
+CPUs without a word. What trains through it, TRL's trainers, is refused.
 """
 
-from dataclasses import dataclass, field
-from datetime import timedelta
+import warnings
+from dataclasses import dataclass
 from typing import Any
 
 from rlhf_exp.hardware import Hardware
@@ -13,17 +15,16 @@ from rlhf_exp.hardware import Hardware
 
 @dataclass(kw_only=True)
 class FSDP(Hardware):
-    """Processes that divide the model's state; `fsdp` are fields of Accelerate's
-    FullyShardedDataParallelPlugin.
-    """
+    """Processes that divide the model's state by torch's `fully_shard`."""
 
-    fsdp: dict[str, Any] = field(default_factory=dict)
+    reshard_after_forward: bool = True  # false keeps gathered weights until the backward pass
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.device == "cpu":
+        if self.mixed_precision == "fp16":
             raise ValueError(
-                "hardware.device=cpu cannot hold FSDP, which needs GPUs: use hardware=zero3"
+                "hardware.mixed_precision=fp16 needs a loss scaler, which hardware=fsdp2 has not: "
+                "use bf16, or no"
             )
 
     @property
@@ -31,45 +32,28 @@ class FSDP(Hardware):
         return 3
 
     @property
-    def offload_optimizer(self) -> bool:
-        return bool(self.fsdp.get("cpu_offload"))
-
-    @property
-    def offload_parameters(self) -> bool:
-        return bool(self.fsdp.get("cpu_offload"))
-
-    @property
     def grouped(self) -> bool:
         return True
 
-    @property
-    def distributed_type(self) -> str:
-        return "FSDP"
+    def check_training(self, policy: Any, algo: Any) -> None:
+        from rlhf_exp.algorithms.trainer import TrainerAlgorithm
 
-    def check(self) -> None:
-        import torch
-
-        if not torch.cuda.is_available():
-            raise ValueError("FSDP needs GPUs and torch sees none: use hardware=zero3 on a CPU")
-        super().check()
-        raise ValueError(
-            "hardware=fsdp2 cannot sample and save policies yet: use hardware=zero3, which divides "
-            "the same"
-        )
-
-    def plugin(self) -> Any:
-        """Accelerate's FullyShardedDataParallelPlugin."""
-        from accelerate.utils import FullyShardedDataParallelPlugin
-
-        return FullyShardedDataParallelPlugin(fsdp_version=2, **self.fsdp)
+        if isinstance(algo, TrainerAlgorithm):
+            raise ValueError(
+                f"algo={algo.name} trains by a trainer of TRL, which hardware=fsdp2 cannot divide: "
+                "use hardware=zero3, which divides the same"
+            )
+        if policy.quantization is not None:
+            raise ValueError(
+                f"policy.quantization={policy.quantization} makes weights that hardware=fsdp2 "
+                "cannot divide: use hardware=zero3, or policy.quantization=null"
+            )
 
     def _together(self) -> Any:
-        from accelerate import Accelerator
-        from accelerate.utils import InitProcessGroupKwargs
+        from rlhf_exp.hardware.sharded import Sharding
 
-        return Accelerator(
-            fsdp_plugin=self.plugin(),
-            mixed_precision=self.mixed_precision,
-            step_scheduler_with_optimizer=False,
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=self.timeout))],
-        )
+        # logits are cut to the responses, and nothing changes them in place
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view", UserWarning)
+        accelerator = super()._together()
+        accelerator.sharding = Sharding(self.reshard_after_forward)
+        return accelerator
