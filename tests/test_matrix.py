@@ -4,7 +4,7 @@ and an algorithm that learns from the run's reward raises it.
 docs/support-matrix.md is made from the runs of these tests:
 
     python -m pytest tests/test_matrix.py --basetemp=matrix
-    python -m rlhf_exp.report.matrix matrix > docs/support-matrix.md
+    python -m rlhf_exp.report.matrix reward matrix > docs/support-matrix.md
 """
 
 import json

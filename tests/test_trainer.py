@@ -13,6 +13,7 @@ from conftest import tiny_policy
 from lab import PROMPTS, Lab, MakeLab
 from runs import rows, timeless
 
+from rlhf_exp import processes
 from rlhf_exp.algorithms.dpo import DPO
 from rlhf_exp.algorithms.sft import SFT
 from rlhf_exp.algorithms.trainer import TrainerAlgorithm, completion_ids
@@ -272,3 +273,14 @@ def test_an_adapter_on_the_head_is_refused(name: str) -> None:
     policy = tiny_policy(lora={"r": 2, "target_modules": ["c_attn", "lm_head"]})
     with pytest.raises(ValueError, match=r"policy\.lora\.target_modules names lm_head"):
         STATEFUL[name]().check(policy, DATA)
+
+
+def test_rows_that_the_processes_cannot_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    algorithm, policy = DPO(steps=1, batch=6, micro_batch=2, lr=1e-3), tiny_policy()
+    monkeypatch.setattr(processes, "count", lambda: 3)
+    algorithm.check(policy, DATA)
+    monkeypatch.setattr(processes, "count", lambda: 4)
+    with pytest.raises(
+        ValueError, match=r"algo\.batch=6\) cannot be shared by 4 processes in micro"
+    ):
+        algorithm.check(policy, DATA)

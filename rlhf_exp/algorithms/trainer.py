@@ -181,7 +181,8 @@ class TrainerAlgorithm(Rates):
         return 1
 
     def check(self, policy: Policy, data: Dataset) -> None:
-        """Refuse an adapter that TRL would pass by."""
+        """Refuse an adapter that TRL would pass by, and rows that the processes cannot share."""
+        self._rows_per_process()
         if "lm_head" in (policy.lora or {}).get("target_modules", ()):
             raise ValueError(
                 "policy.lora.target_modules names lm_head, whose adapter TRL's trainers would "

@@ -1,10 +1,15 @@
-"""Which algorithm runs with which reward, read from what runs left behind.
+"""Which algorithm runs with which reward, or on which hardware, read from what runs left behind.
 
-    python -m rlhf_exp.report.matrix <folder> > docs/support-matrix.md
+    python -m rlhf_exp.report.matrix reward <folder> > docs/support-matrix.md
+    python -m rlhf_exp.report.matrix hardware <folder> >> docs/support-matrix.md
 
-`<folder>` holds runs as <algorithm>/<reward>/, anywhere below it, as tests/test_matrix.py makes
-them; so does a sweep whose hydra.sweep.subdir is
-${hydra:runtime.choices.algo}/${hydra:runtime.choices.reward}.
+`<folder>` holds runs as <algorithm>/<reward>/ or <algorithm>/<hardware>/, anywhere below it.
+tests/test_matrix.py makes the first; a sweep whose hydra.sweep.subdir is
+${hydra:runtime.choices.algo}/${hydra:runtime.choices.hardware} makes the second:
+
+    python -m rlhf_exp -m experiment=debug reward=lexicon algo=ppo,rest,quark,dpo \\
+        hardware=cpu,zero2,zero3 hardware.processes=2 hydra.sweep.dir=<folder> \\
+        'hydra.sweep.subdir=${hydra:runtime.choices.algo}/${hydra:runtime.choices.hardware}'
 """
 
 import json
@@ -12,24 +17,42 @@ import sys
 from pathlib import Path
 from typing import Any
 
-HEAD = """\
+HEAD = {
+    "reward": """\
 # Which algorithm runs with which reward
 
-Made from {count} runs by `python -m rlhf_exp.report.matrix`; tests/test_matrix.py tells how to make
-it again. Each cell is one short run on the embedded world, on a CPU: the change of the reward that
-the run was given, on held-out prompts, in standard deviations of that reward before training.
-**Bold**: the 95 % interval of the change lies above 0. "none": no run that finished.
+Made from {count} runs by `python -m rlhf_exp.report.matrix reward`; tests/test_matrix.py tells how
+to make it again. Each cell is one short run on the embedded world, on a CPU: the change of the
+reward that the run was given, on held-out prompts, in standard deviations of that reward before
+training. **Bold**: the 95 % interval of the change lies above 0. "none": no run that finished.
 
-"""
-FOOT = """
+""",
+    "hardware": """
+# Which algorithm runs on which hardware
+
+Made from {count} runs by `python -m rlhf_exp.report.matrix hardware`, whose source tells how to
+make it again. Each cell is one run of a few steps (experiment=debug reward=lexicon) in as many
+processes as it says, from the start to the evaluation: the change of the reward, too short to be
+more than noise. That several processes learn what one does is tested (tests/test_divided.py,
+tests/test_fsdp.py). "none": no run that finished.
+
+""",
+}
+FOOT = {
+    "reward": """
 Versions: {versions}. `sft` learns from demonstrations, `alt_lmc`, `alt_lmu` and `steerlm` from a
 judge's feedback, so nothing says that the run's reward should rise with them; in all other rows it
 should. `best_of_n` trains nothing: its row is what the best of n answers is worth.
-"""
+""",
+    "hardware": """
+Versions: {versions}; devices: {devices}. Under `fsdp2` TRL's trainers (`sft`, `dpo`, `grpo`,
+`rloo`) are refused.
+""",
+}
 
 
 def read(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
-    """Finished runs below `folder` by algorithm and reward; ValueError if there are none."""
+    """Finished runs below `folder` by algorithm and column; ValueError if there are none."""
     found = {}
     for path in sorted(folder.rglob("summary.json")):
         run = path.parent
@@ -40,7 +63,8 @@ def read(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
         }
     if not found:
         raise ValueError(
-            f"{folder} holds no finished run: give a folder with runs as <algorithm>/<reward>/"
+            f"{folder} holds no finished run: give a folder with runs as <algorithm>/<reward>/ or "
+            "<algorithm>/<hardware>/"
         )
     return found
 
@@ -53,17 +77,28 @@ def _spread(run: Path) -> float:
     return (sum((s - mean) ** 2 for s in scores) / len(scores)) ** 0.5
 
 
-def as_markdown(runs: dict[tuple[str, str], dict[str, Any]]) -> str:
-    """The page."""
-    algorithms, rewards = (list(dict.fromkeys(names)) for names in zip(*runs, strict=True))
-    lines = [f"| | {' | '.join(rewards)} |", "|---|" + "---|" * len(rewards)]
+def as_markdown(by: str, runs: dict[tuple[str, str], dict[str, Any]]) -> str:
+    """The page, or its part, of algorithms `by` reward or hardware."""
+    algorithms, columns = (list(dict.fromkeys(names)) for names in zip(*runs, strict=True))
+    heads = [_column(by, name, runs) for name in columns]
+    lines = [f"| | {' | '.join(heads)} |", "|---|" + "---|" * len(columns)]
     for algorithm in algorithms:
-        cells = [_cell(runs.get((algorithm, reward))) for reward in rewards]
+        cells = [_cell(runs.get((algorithm, column))) for column in columns]
         lines.append(f"| `{algorithm}` | {' | '.join(cells)} |")
     versions = next(iter(runs.values()))["about"]["versions"]
-    named = ", ".join(f"{k} {versions[k]}" for k in ("rlhf_exp", "torch", "transformers", "trl"))
+    packages = ("rlhf_exp", "torch", "transformers", "trl")
+    named = ", ".join(f"{k} {versions[k]}" for k in packages if k in versions)
+    kinds = {run["about"]["config"]["hardware"]["device"] or "cuda" for run in runs.values()}
     table = "\n".join(lines) + "\n"
-    return HEAD.format(count=len(runs)) + table + FOOT.format(versions=named)
+    foot = FOOT[by].format(versions=named, devices=", ".join(sorted(kinds)))
+    return HEAD[by].format(count=len(runs)) + table + foot
+
+
+def _column(by: str, name: str, runs: dict[tuple[str, str], dict[str, Any]]) -> str:
+    if by == "reward":
+        return name
+    first = next(run for (_, column), run in runs.items() if column == name)
+    return f"{name} x {first['about']['config']['hardware']['processes']}"
 
 
 def _cell(run: dict[str, Any] | None) -> str:
@@ -75,9 +110,9 @@ def _cell(run: dict[str, Any] | None) -> str:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m rlhf_exp.report.matrix <folder of runs>")
+    if len(sys.argv) != 3 or sys.argv[1] not in HEAD:
+        sys.exit("usage: python -m rlhf_exp.report.matrix reward|hardware <folder of runs>")
     try:
-        print(as_markdown(read(Path(sys.argv[1]))), end="")
+        print(as_markdown(sys.argv[1], read(Path(sys.argv[2]))), end="")
     except ValueError as error:
         sys.exit(f"error: {error}")
