@@ -88,8 +88,9 @@ class Sharded:
         norm = processes.total(square).sqrt()
         finite = bool(torch.isfinite(norm))
         if finite and not hold:
+            factor = (self.limit / (norm + 1e-6)).clamp(max=1.0)
             for gradient in gradients:
-                gradient.mul_((self.limit / (norm + 1e-6)).clamp(max=1.0))
+                gradient.mul_(factor)
             self.wrapper.step()
         self.wrapper.zero_grad(set_to_none=True)
         return float(norm) if finite else 0.0, finite
