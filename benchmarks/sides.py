@@ -22,30 +22,36 @@ WIDTH, LAYERS, HEADS = 64, 2, 4
 SHAPE = {"n_embd": WIDTH, "n_layer": LAYERS, "n_head": HEADS} | {
     f"{k}_pdrop": 0.0 for k in ("resid", "embd", "attn")
 }
-CHARACTERS = [chr(0x4E00 + i) for i in range(VOCABULARY)]  # every token is one character
 
 
-def tokenizer(**specials: str) -> Any:
-    """Of `CHARACTERS`, and the special tokens named."""
+def characters(count: int) -> list[str]:
+    """Every token is one character."""
+    first = 0x4E00 if count <= VOCABULARY else 0x20000
+    return [chr(first + i) for i in range(count)]
+
+
+def tokenizer(count: int = VOCABULARY, **specials: str) -> Any:
+    """Of `count` characters, and the special tokens named."""
     from tokenizers import Tokenizer, decoders, models
     from transformers import PreTrainedTokenizerFast
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    bpe = Tokenizer(models.BPE({c: i for i, c in enumerate(CHARACTERS)}, []))
+    bpe = Tokenizer(models.BPE({c: i for i, c in enumerate(characters(count))}, []))
     bpe.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=bpe, padding_side="left", **specials)
 
 
-def texts(count: int, length: int) -> list[str]:
+def texts(count: int, length: int, vocabulary: int = VOCABULARY) -> list[str]:
     """Random ones, of `length` tokens each."""
     import torch
 
-    rows = torch.randint(VOCABULARY, (count, length)).tolist()
-    return ["".join(CHARACTERS[i] for i in row) for row in rows]
+    known = characters(vocabulary)
+    rows = torch.randint(vocabulary, (count, length)).tolist()
+    return ["".join(known[i] for i in row) for row in rows]
 
 
-def bare_trial(folder: Path, policy: Any, reward: Any = None) -> Any:
+def bare_trial(folder: Path, policy: Any, reward: Any = None, hardware: Any = None) -> Any:
     """A trial that logs, but neither evaluates nor saves, as TRL is asked not to; it finds pairs in
     the folder above.
     """
@@ -59,7 +65,7 @@ def bare_trial(folder: Path, policy: Any, reward: Any = None) -> Any:
     class BareTrial(Trial):
         def begin(self, policy: Any, algorithm: Any, steps: int) -> int:
             self.steps = steps
-            self.speed = lambda rollouts, seconds: {}
+            self.speed, self.sampler = lambda rollouts, seconds: {}, policy.sampler
             self.log.begin(0, steps)
             seed_everything(self.seed)
             return 0
@@ -72,7 +78,7 @@ def bare_trial(folder: Path, policy: Any, reward: Any = None) -> Any:
     return BareTrial(
         directory=folder,
         seed=0,
-        accelerator=Hardware(threads=1).accelerator(),
+        accelerator=(hardware or Hardware(threads=1)).accelerator(),
         reference=Reference(policy),
         pairs=lambda: folder.parent,
         labeller=lambda: None,

@@ -13,8 +13,24 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("extra", [[], ["policy.lora={r: 4, target_modules: all-linear}"]])
+LORA = "policy.lora={r: 4, target_modules: all}"
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        [],
+        [LORA],
+        ["hardware.mixed_precision=bf16"],
+        ["hardware.frozen=offloaded", "policy.gradient_checkpointing=true"],
+        ["reward=lexicon", "policy.sft=false", LORA, "policy.quantization=nf4"],
+        ["reward=lexicon", "policy.sft=false", LORA, "policy.quantization=int8"],
+    ],
+    ids=["whole", "lora", "bf16", "offloaded", "nf4", "int8"],
+)
 def test_debug_run_on_a_gpu(tmp_path: Path, extra: list[str]):
+    if any("quantization" in setting for setting in extra):
+        pytest.importorskip("bitsandbytes", reason="pip install bitsandbytes")
     run = tmp_path / "run"
     process = command_line(
         "experiment=debug", "hardware=gpu", f"hydra.run.dir={run}", *extra, cwd=tmp_path
