@@ -111,3 +111,15 @@ def test_waiting_ends_when_another_process_fails(tmp_path: Path) -> None:
     done = group.of(2, "vanishing", tmp_path)
     assert [process.returncode for process in done] == [1, 1]
     assert [process.stderr for process in done] == ["", "error: rank 1 misses a file\n"]
+
+
+def test_a_port_that_is_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        told = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+        for name, value in (told | {"MASTER_PORT": port}).items():
+            monkeypatch.setenv(name, value)
+        where = rf"cannot meet at 127\.0\.0\.1:{port} .*give a reachable MASTER_ADDR and a free"
+        with pytest.raises(ValueError, match=where):
+            processes.join()
+    assert not processes.joined()
