@@ -169,9 +169,12 @@ def overridden(group: str, node: dict[str, Any], arguments: Sequence[str]) -> di
     try:
         with initialize_config_dir(str(conf_directory()), version_base="1.3"):
             config = compose("config", overrides=option)
-        if not option:
-            OmegaConf.update(config, group, node, merge=False)
+        if not option:  # with the defaults of what is newer than the node
+            known = OmegaConf.to_container(_typed(get_class(node["_target_"])))
+            OmegaConf.update(config, group, {**known, **node}, merge=False)  # type: ignore[dict-item]
         for override in OverridesParser.create().parse_overrides(values):
+            if override.is_sweep_override():
+                raise ValueError(f"{override.input_line} is a sweep: give one value")
             OmegaConf.update(config, override.key_or_group, override.value())
         check(config)
     except (HydraException, OmegaConfBaseException) as error:

@@ -57,12 +57,16 @@ class Export:
             "to stages"
         )
 
-    def write(self, directory: Path, device: torch.device) -> Path:
-        """The exported folder; ValueError if it would not be the trained model."""
-        source = self.source(directory)
+    def target(self, directory: Path) -> Path:
+        """The folder to write; ValueError if there is one already."""
         folder = directory / "export" if self.folder is None else Path(self.folder).expanduser()
         if folder.exists():
             raise ValueError(f"{folder} exists already: choose another export.folder")
+        return folder
+
+    def write(self, directory: Path, device: torch.device) -> Path:
+        """The exported folder; ValueError if it would not be the trained model."""
+        source, folder = self.source(directory), self.target(directory)
         write_directory(folder, lambda made: self._make(made, source, device), {"of": str(source)})
         logger.info("exported policy: %s", folder)
         return folder
@@ -76,7 +80,9 @@ class Export:
         tried = _tokens(len(tokenizer), min(LENGTH, longest)).to(device)
         trained = model(tried).logits.float().cpu()
         model = self._plain(model, source, saved, tokenizer, device)
-        model.to(getattr(torch, self.dtype or saved["dtype"])).save_pretrained(folder)
+        model.to(getattr(torch, self.dtype or saved.get("dtype", "float32"))).save_pretrained(
+            folder
+        )
         tokenizer.save_pretrained(folder)
         write_json(folder / "policy.json", _settings(saved))
         del model
@@ -89,12 +95,16 @@ class Export:
     def _trained(self, source: Path, saved: dict[str, Any], tokenizer: Any, device: Any) -> Any:
         """The model as it was trained, its adapter apart."""
         if not saved["lora"]:
-            return weights.load_causal_lm(source, saved["dtype"], tokenizer).to(device).eval()
+            return (
+                weights.load_causal_lm(source, saved.get("dtype", "float32"), tokenizer)
+                .to(device)
+                .eval()
+            )
         base = self._base(saved)
         model = weights.load_causal_lm(
-            base, saved["dtype"], tokenizer, saved["quantization"], device
+            base, saved.get("dtype", "float32"), tokenizer, saved.get("quantization"), device
         )
-        if saved["quantization"] is None:
+        if saved.get("quantization") is None:
             model = model.to(device)
         adapters.require_base(model, source, str(base))
         return adapters.with_adapter(model, source).eval()
@@ -116,7 +126,7 @@ class Export:
         """`model` without adapter or quantization, in float32."""
         if not saved["lora"]:
             return model.float()
-        if saved["quantization"] is None:
+        if saved.get("quantization") is None:
             return model.float().merge_and_unload()
         plain = weights.load_causal_lm(self._base(saved), "float32", tokenizer).to(device)
         if self.base == "trained":

@@ -55,7 +55,8 @@ class Frozen:
                 model.to(device)
             return
         self.processes = processes.count()
-        self.parameters = list(model.parameters() if parameters is None else parameters)
+        found = list(model.parameters() if parameters is None else parameters)
+        self.parameters = [p for p in found if p.is_floating_point()]  # quantized ones stay
         for buffer in model.buffers():
             buffer.data = buffer.data.to(device)
         self.shapes = [p.shape for p in self.parameters]

@@ -283,6 +283,7 @@ class Policy:
         )
         if self.adapter is not None and not adapters.holds_adapter(source, self.adapter):
             model = adapters.merge_adapter(model, self.adapter, self.source)
+        self.base_weights = adapters.fingerprint(model)
         self.model: Any = self._made_trainable(model) if trainable else model.requires_grad_(False)
         if self.quantization is None:
             self.model.to(device)
@@ -421,7 +422,9 @@ class Policy:
             "lora": self.lora is not None,
         }
         if self.lora is not None:
-            state["base_weights"] = adapters.fingerprint(self.model)
+            # an adapter may train copies of layers; tokens of its own make the base grow
+            grown = adapters.fingerprint(self.model) if self.control else None
+            state["base_weights"] = grown or self.base_weights
         write_json(folder / "policy.json", state)
         if card:
             (folder / "README.md").write_text(card)

@@ -89,8 +89,8 @@ def _check_compiled(policy: Any, hardware: Any) -> None:
         )
     if hardware.stage == 3:
         raise ValueError(
-            "policy.compile=true cannot compile weights that come and go under ZeRO-3: set "
-            "policy.compile=false, or use hardware=zero2"
+            "policy.compile=true cannot compile weights that come and go under ZeRO-3 and FSDP2: "
+            "set policy.compile=false, or use hardware=zero2"
         )
 
 
@@ -102,7 +102,7 @@ def _check_halves(policy: Any, hardware: Any) -> None:
     )
     if policy.dtype == "float16":
         raise ValueError(f"{told} loses the gradients of weights that are trained: {cure}")
-    if hardware.stage == 0 or policy.sft:
+    if not hardware.masters or policy.sft:
         raise ValueError(
             f"{told} rounds away the small steps of weights that are trained, where no ZeRO keeps "
             f"float32 copies of them (policy.sft=true trains without it): {cure}, or use "

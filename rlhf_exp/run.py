@@ -118,7 +118,9 @@ class Stages:
         self.data_spec = {"config": config["data"], "files": self.source.identity()}
         self.policy.identity()  # a path that leads nowhere ends the run here
         self.hardware: Hardware = built["hardware"]
-        trains = "align" in config["stages"] and self.algo.trains
+        aligned = "align" in config["stages"] and self.algo.trains
+        tuned = self.policy.sft and bool(set(config["stages"]) - {"prepare", "merge", "export"})
+        trains = aligned or tuned
         precision.check(self.policy, self.hardware, trains=trains)
         self.device = self.hardware.place()
         self.hardware.alone()  # until align
@@ -147,8 +149,10 @@ class Stages:
         stages = self.config["stages"]
         if "align" in stages:
             self.algo.check(self.policy, self.data)
-        if "export" in stages and "align" not in stages:
-            self.export.source(self.directory)
+        if "export" in stages:
+            self.export.target(self.directory)
+            if "align" not in stages:
+                self.export.source(self.directory)
         if set(stages) - {"prepare", "merge", "export"}:  # these need no policy of this config
             self.policy.check_prompts(self.data.prompts + self.data.held_out, self.base)
         if "align" in stages:
@@ -284,6 +288,8 @@ class Stages:
 
     def run_align(self) -> None:
         self._fit_rewards()
+        if getattr(self.algo, "pairs", None) == "dataset":
+            _ = self.pairs  # made before the group is, and by the policy's own model
         with frozen.placed(self.hardware.frozen):
             self._align()
 
@@ -355,4 +361,5 @@ class Stages:
         print(as_table(table))
 
     def run_export(self) -> None:
+        self.policy.model = None  # makes room
         self.export.write(self.directory, self.device)

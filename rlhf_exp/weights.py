@@ -303,7 +303,9 @@ def add_tokens(model, tokenizer, names: list[str], like: str) -> list[int]:
     for layer in layers.values():
         seen = layer.weight.detach()[: min(ids)].float()
         with torch.no_grad():
-            layer.weight[ids] = _drawn(seen, len(ids), like, tokenizer.eos_token_id).to(seen)
+            layer.weight[ids] = _drawn(seen, len(ids), like, tokenizer.eos_token_id).to(
+                layer.weight
+            )
         if frozen:
             _train_rows(layer.weight, ids)
     return ids

@@ -98,6 +98,11 @@ def resume(directory: Path, arguments: Sequence[str] = ()) -> None:
         )
     hardware.check()
     if arguments:
+        from rlhf_exp import precision
+
+        policy, algo = (build(config[key], key) for key in ("policy", "algo"))
+        precision.check(policy, hardware, trains=algo.trains)
+        hardware.check_training(policy, algo)
         about["continued_on"] = [*about.get("continued_on", []), node]
         processes.first(lambda: write_json(directory / "run.json", about))
     hardware.launch(directory, isolated=False)

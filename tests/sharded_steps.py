@@ -12,7 +12,7 @@ import torch
 from engine_steps import accumulate, built, two, worst
 from torch import Tensor, nn
 
-from rlhf_exp import processes
+from rlhf_exp import adapters, processes
 from rlhf_exp import weights as policy_weights
 from rlhf_exp.algorithms.descent import Descent, Group
 from rlhf_exp.algorithms.ppo import PolicyWithValue
@@ -27,7 +27,7 @@ def adapted() -> PolicyWithValue:
     """LoRA over a frozen base."""
     module = built()
     fields = {"r": 2, "target_modules": ["c_attn", "c_fc"], "init_lora_weights": False}
-    module.model = policy_weights.add_lora(module.model, fields).eval()
+    module.model = adapters.add_lora(module.model, fields).eval()
     return module
 
 

@@ -140,3 +140,10 @@ def test_the_stage(debug_run: DebugRun, tmp_path: Path, refused: Any) -> None:
     assert "logits against the trained policy" in (tmp_path / "out" / "run.log").read_text()
     assert not (tmp_path / "none").exists()  # nothing was trained or built for it
     assert "no trained policy in" in refused("stages=[export]")
+
+
+def test_adapters_that_train_copies_of_layers(tiny_base, tmp_path: Path) -> None:
+    lora = {"r": 4, "target_modules": ["c_attn"], "modules_to_save": ["ln_f"]}
+    policy = trained(tiny_base(), tmp_path, lora=lora, sft=False)
+    folder = Export().write(tmp_path, CPU)
+    torch.testing.assert_close(exported(folder), logits(policy.model), atol=1e-4, rtol=0)

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import tiny_policy
 from hydra import compose, initialize_config_dir
 
-from rlhf_exp import processes
+from rlhf_exp import precision, processes
 from rlhf_exp.config import build, conf_directory, overridden, resolved
 from rlhf_exp.hardware import Hardware, launch
 from rlhf_exp.hardware.deepspeed import DeepSpeed
@@ -289,3 +290,11 @@ def test_overrides_that_cannot_be(argument: str, message: str) -> None:
     written = {"_target_": "rlhf_exp.hardware.Hardware", **asdict(Hardware())}
     with pytest.raises(ValueError, match=message):
         overridden("hardware", written, [argument])
+
+
+def test_fsdp_has_no_copies_of_half_precision_weights() -> None:
+    policy = tiny_policy(dtype="bfloat16", sft=False)
+    precision.check(policy, preset("zero2"), trains=True)
+    for name in ("cpu", "fsdp2"):
+        with pytest.raises(ValueError, match=r"policy\.dtype=bfloat16 rounds away"):
+            precision.check(policy, preset(name), trains=True)

@@ -47,6 +47,10 @@ class Device(Hardware):
     device_memory: float | None = None
     peak_tflops: float | None = 1.0
 
+    @property
+    def masters(self) -> bool:
+        return self.stage > 0
+
 
 def config(*overrides: str, **hardware: Any) -> dict[str, Any]:
     with initialize_config_dir(str(conf_directory()), version_base="1.3"):

@@ -111,9 +111,10 @@ class Rates:
         looked_up = {
             id(module.weight) for module in inner.modules() if isinstance(module, nn.Embedding)
         }
-        bottom = max(depths.values(), default=0) + 1
+        bottom, above = max(depths.values(), default=0) + 1, False
         for name, parameter in model.named_parameters():
-            own, depth = None, depths.get(id(parameter), 0)
+            above = above or id(parameter) in depths
+            own, depth = None, depths.get(id(parameter), 0 if above else bottom)
             if "lora_" in name:
                 yield id(parameter), (self.adapter_lr or self.lr) * self.layer_decay**depth
                 continue

@@ -183,7 +183,7 @@ class TrainerAlgorithm(Rates):
     def check(self, policy: Policy, data: Dataset) -> None:
         """Refuse an adapter that TRL would pass by, and rows that the processes cannot share."""
         self._rows_per_process()
-        if "lm_head" in (policy.lora or {}).get("target_modules", ()):
+        if "lm_head" in ((policy.lora or {}).get("target_modules") or ()):
             raise ValueError(
                 "policy.lora.target_modules names lm_head, whose adapter TRL's trainers would "
                 "never train: remove it from the list"

@@ -51,6 +51,11 @@ class Hardware:
         return 0
 
     @property
+    def masters(self) -> bool:
+        """Whether the optimizer keeps float32 copies of the weights it trains."""
+        return False
+
+    @property
     def offload_optimizer(self) -> bool:
         """Whether optimizer state lies outside the device."""
         return False

@@ -40,6 +40,10 @@ class DeepSpeed(Hardware):
         return self._zero.get("stage", 0)
 
     @property
+    def masters(self) -> bool:
+        return True
+
+    @property
     def offload_optimizer(self) -> bool:
         return self._offloads("offload_optimizer")
 

@@ -71,10 +71,15 @@ def _first(
 
 
 def _fits(config: Config, changes: Changes, known: dict[str, Any]) -> bool:
+    from rlhf_exp import precision
     from rlhf_exp.plan.estimate import make
 
+    after = changed(config, changes)
     try:
-        return make(changed(config, changes), known).fits
+        policy, hardware, algo = (build(after[k], k) for k in ("policy", "hardware", "algo"))
+        precision.check(policy, hardware, trains=algo.trains)
+        hardware.check_training(policy, algo)
+        return make(after, known).fits
     except ValueError:  # settings that exclude each other
         return False
 

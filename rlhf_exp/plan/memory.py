@@ -4,7 +4,7 @@ it, and what a phase makes on top (passes.py).
 With P processes, the optimizer's states are divided by P from stage 1 on, gradients from stage 2,
 weights from stage 3 (Rajbhandari et al. 2020, ZeRO, section 5). Under ZeRO the optimizer keeps
 float32 weights of its own: 12 bytes for each trained parameter; without, AdamW keeps two moments in
-the parameter's own dtype. Reference and reward models are whole on every process.
+the parameter's own dtype. Reference and reward models lie as hardware.frozen says.
 
 Left out: the buffers of collective operations beyond one bucket of gradients, and what an allocator
 loses to fragments; `fits` keeps 5 % of a device for these.
@@ -150,8 +150,8 @@ def held(job: Job, counts: Counts, *, trains: bool = True, whole: bool = False) 
 
 
 def _states(job: Job, trained: int, size: float) -> float:
-    if job.hardware.stage == 0:
-        return 2 * size
+    if not job.hardware.masters:
+        return 2 * size / (job.processes if job.hardware.stage else 1)
     offloaded = job.hardware.offload_optimizer
     return 0.0 if offloaded else 12.0 * trained / job.processes
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_exp import weights
+from rlhf_exp import frozen, weights
 from rlhf_exp.choices import require
 from rlhf_exp.config import imported
 from rlhf_exp.data.local import require_file
@@ -87,7 +87,9 @@ class Toxicity(Reward):
     def __call__(self, prompts: list[str], completions: list[str]) -> Tensor:
         keys = [hashlib.sha256(c.encode()).digest() for c in completions]
         by_key = dict(zip(keys, completions, strict=True))
-        new = {key: text for key, text in by_key.items() if key not in self._known}
+        # of a model that is divided all processes ask, or none
+        again = frozen.placement() == "sharded"
+        new = {key: text for key, text in by_key.items() if again or key not in self._known}
         if new:
             self._known |= zip(new, self._scores(list(new.values())), strict=True)
         return 1 - torch.tensor([self._known[key] for key in keys], dtype=torch.float32)
