@@ -18,7 +18,8 @@ def finished(run: Path, change: float, interval: list[float], processes: int = 1
     (run / "summary.json").write_text(json.dumps(moved))
     about = {
         "versions": {"rlhf_exp": "0.1.0", "torch": "2.13"},
-        "config": {"hardware": {"device": "cpu", "processes": processes}},
+        "config": {"hardware": {"device": None, "processes": processes}},
+        "machine": {"gpus": 0},
     }
     (run / "run.json").write_text(json.dumps(about))
 

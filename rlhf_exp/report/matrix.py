@@ -88,10 +88,15 @@ def as_markdown(by: str, runs: dict[tuple[str, str], dict[str, Any]]) -> str:
     versions = next(iter(runs.values()))["about"]["versions"]
     packages = ("rlhf_exp", "torch", "transformers", "trl")
     named = ", ".join(f"{k} {versions[k]}" for k in packages if k in versions)
-    kinds = {run["about"]["config"]["hardware"]["device"] or "cuda" for run in runs.values()}
+    kinds = {_device(run["about"]) for run in runs.values()}
     table = "\n".join(lines) + "\n"
     foot = FOOT[by].format(versions=named, devices=", ".join(sorted(kinds)))
     return HEAD[by].format(count=len(runs)) + table + foot
+
+
+def _device(about: dict[str, Any]) -> str:
+    found = "cuda" if about["machine"]["gpus"] else "cpu"
+    return about["config"]["hardware"]["device"] or found
 
 
 def _column(by: str, name: str, runs: dict[tuple[str, str], dict[str, Any]]) -> str:
