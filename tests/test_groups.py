@@ -125,7 +125,7 @@ def test_schedules_are_the_same_in_trainers_and_here(
     ("settings", "message"),
     [
         ({"layer_decay": 0.0}, r"algo\.layer_decay=0\.0 must be above 0 and at most 1"),
-        ({"adapter_lr": -1.0}, r"algo\.adapter_lr=-1\.0 must be positive"),
+        ({"adapter_lr": -1.0}, r"algo\.adapter_lr=-1\.0 must not be negative"),
         ({"lr_floor": 2.0}, r"algo\.lr_floor=2\.0 between 0 and 1"),
         ({"warmup": 2.5}, r"algo\.warmup=2\.5 must be a number of steps, or a share"),
         ({"schedule": "linaer"}, r"algo\.schedule=linaer is not known.*did you mean linear"),

@@ -43,10 +43,12 @@ class Rates:
 
     def __post_init__(self) -> None:
         require(self.schedule, SCHEDULES, f"{self.key}.schedule")
-        for name in ("lr", "adapter_lr", "embedding_lr", "head_lr", "schedule_steps"):
+        for name in ("lr", "adapter_lr", "embedding_lr", "head_lr"):
             value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"{self.key}.{name}={value} must be positive")
+            if value is not None and value < 0:
+                raise ValueError(f"{self.key}.{name}={value} must not be negative")
+        if self.schedule_steps is not None and self.schedule_steps < 1:
+            raise ValueError(f"{self.key}.schedule_steps={self.schedule_steps} must be positive")
         if self.warmup < 0 or (self.warmup > 1 and self.warmup != int(self.warmup)):
             raise ValueError(
                 f"{self.key}.warmup={self.warmup} must be a number of steps, or a share of them "
@@ -116,13 +118,14 @@ class Rates:
             above = above or id(parameter) in depths
             own, depth = None, depths.get(id(parameter), 0 if above else bottom)
             if "lora_" in name:
-                yield id(parameter), (self.adapter_lr or self.lr) * self.layer_decay**depth
+                base = self.lr if self.adapter_lr is None else self.adapter_lr
+                yield id(parameter), base * self.layer_decay**depth
                 continue
             if id(parameter) in looked_up:
                 own, depth = self.embedding_lr, bottom
             elif id(parameter) in head:
                 own = self.head_lr
-            yield id(parameter), own or self.lr * self.layer_decay**depth
+            yield id(parameter), self.lr * self.layer_decay**depth if own is None else own
 
     def _depths(self, inner: Any) -> dict[int, int]:
         """How far from the top the block of a parameter is: 1 for the last block."""

@@ -146,12 +146,13 @@ class PPO(Online, Rates):
         self.kept_forward: tuple[Tensor, Tensor] | None = None
         module = PolicyWithValue(policy.model, self.value_hidden)
         head = list(module.value_head.parameters())
+        value_lr = self.lr if self.value_lr is None else self.value_lr
         self.descent = Descent(
             trial.accelerator,
             module,
             [
                 *self.by_rate(policy.model),
-                Group(head, self.value_lr or self.lr, self.weight_decay),
+                Group(head, value_lr, self.weight_decay),
             ],
             betas=self.betas,
             eps=self.eps,
