@@ -15,6 +15,7 @@ from rlhf_exp.algorithms.ppo import PPO, Experience
 from rlhf_exp.algorithms.sft import SFT
 from rlhf_exp.data.rows import Dataset, Demonstration
 from rlhf_exp.evaluation.scoring import against_reference
+from rlhf_exp.frozen import Frozen
 from rlhf_exp.hardware import Hardware
 from rlhf_exp.plan import memory, passes
 from rlhf_exp.plan.live import Live
@@ -195,6 +196,7 @@ def test_dpo_through_trl(tiny_base: Any, tmp_path: Any) -> None:
     row: dict[str, Any] = {"prompt_ids": asked, "chosen_ids": [6] * 25, "rejected_ids": [7] * 25}
     row |= {"ref_chosen_logps": -1.0, "ref_rejected_logps": -1.0}
     trainer = algo._trainer(str(tmp_path), room.policy, [row] * 8, [], 0)
+    trainer.settings = algo
     measured = room.measured(trainer.train)
     states = memory.held(room.job, room.job.skeleton.counts)["optimizer"]
     close(states + sum(memory._by_trainer(room.job, algo).values()), measured)
@@ -208,7 +210,7 @@ def test_scoring_by_a_reward_model(kind: str, tiny_base: Any) -> None:
     assert (scorer.length, scorer.knob) == (32, "reward.token_budget")
     reward.model, reward.tokenizer = scorer.skeleton.frozen().build(), room.policy.tokenizer
     reward.model.config.pad_token_id = room.policy.tokenizer.pad_token_id
-    reward.mean, reward.std = 0.0, 1.0
+    reward.frozen, reward.mean, reward.std = Frozen(reward.model, "cpu"), 0.0, 1.0
     texts = ["big cat: " + "a e i o u " * 3, "xyz " * 20] * 8
     with Live([*reward.model.parameters(), *reward.model.buffers()]) as live:
         reward([""] * 16, texts)

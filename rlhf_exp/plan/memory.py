@@ -198,8 +198,7 @@ def _put_away(job: Job, size: float) -> float:
 
 def _asked(job: Job, standing: Parts, name: str) -> Parts:
     """`standing`, with the whole of the frozen model `name`."""
-    size = _frozen(job).get(name, 0.0)
-    return standing | {name: max(size, standing.get(name, 0.0))} if size else standing
+    return standing | {name: _frozen(job)[name]} if name in standing else standing
 
 
 def _value_head(job: Job) -> int:
