@@ -182,6 +182,13 @@ def overridden(group: str, node: dict[str, Any], arguments: Sequence[str]) -> di
     return resolved(config)[group]
 
 
+def last_hardware(about: dict[str, Any]) -> Any:
+    """The node of the hardware that a run had last, of its run.json: a run that is resumed
+    elsewhere keeps its config. None for a foreign one that names none.
+    """
+    return about.get("continued_on", [about["config"].get("hardware")])[-1]
+
+
 def explain(error: Exception, arguments: list[str]) -> str:
     """One sentence for an error of Hydra's, with the nearest key, group or option."""
     text = str(error)

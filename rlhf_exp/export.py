@@ -73,16 +73,14 @@ class Export:
 
     @torch.no_grad()
     def _make(self, folder: Path, source: Path, device: torch.device) -> None:
-        saved = weights.saved_settings(source)
+        saved = {"dtype": "float32", "quantization": None} | weights.saved_settings(source)
         tokenizer = weights.load_tokenizer(source)
         model = self._trained(source, saved, tokenizer, device)
         longest = getattr(model.config, "max_position_embeddings", None) or LENGTH
         tried = _tokens(len(tokenizer), min(LENGTH, longest)).to(device)
         trained = model(tried).logits.float().cpu()
         model = self._plain(model, source, saved, tokenizer, device)
-        model.to(getattr(torch, self.dtype or saved.get("dtype", "float32"))).save_pretrained(
-            folder
-        )
+        model.to(getattr(torch, self.dtype or saved["dtype"])).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         write_json(folder / "policy.json", _settings(saved))
         del model
@@ -95,16 +93,12 @@ class Export:
     def _trained(self, source: Path, saved: dict[str, Any], tokenizer: Any, device: Any) -> Any:
         """The model as it was trained, its adapter apart."""
         if not saved["lora"]:
-            return (
-                weights.load_causal_lm(source, saved.get("dtype", "float32"), tokenizer)
-                .to(device)
-                .eval()
-            )
+            return weights.load_causal_lm(source, saved["dtype"], tokenizer).to(device).eval()
         base = self._base(saved)
         model = weights.load_causal_lm(
-            base, saved.get("dtype", "float32"), tokenizer, saved.get("quantization"), device
+            base, saved["dtype"], tokenizer, saved["quantization"], device
         )
-        if saved.get("quantization") is None:
+        if saved["quantization"] is None:
             model = model.to(device)
         adapters.require_base(model, source, str(base))
         return adapters.with_adapter(model, source).eval()
@@ -126,7 +120,7 @@ class Export:
         """`model` without adapter or quantization, in float32."""
         if not saved["lora"]:
             return model.float()
-        if saved.get("quantization") is None:
+        if saved["quantization"] is None:
             return model.float().merge_and_unload()
         plain = weights.load_causal_lm(self._base(saved), "float32", tokenizer).to(device)
         if self.base == "trained":

@@ -283,7 +283,6 @@ class Policy:
         )
         if self.adapter is not None and not adapters.holds_adapter(source, self.adapter):
             model = adapters.merge_adapter(model, self.adapter, self.source)
-        self.base_weights = adapters.fingerprint(model)
         self.model: Any = self._made_trainable(model) if trainable else model.requires_grad_(False)
         if self.quantization is None:
             self.model.to(device)
@@ -295,6 +294,7 @@ class Policy:
         if self.gradient_checkpointing:
             forward.recompute(model)
         if self.lora is not None:
+            self.base_weights = adapters.fingerprint(model)
             return adapters.add_lora(model, self.lora, quantized=self.quantization is not None)
         if self.train_top is not None:
             weights.freeze_bottom(model, self.train_top)

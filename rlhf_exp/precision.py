@@ -51,6 +51,12 @@ def check(policy: Any, hardware: Any, *, trains: bool) -> None:
         _ = of_policy(policy).counts  # on the meta device
 
 
+def check_training(policy: Any, hardware: Any, algo: Any) -> None:
+    """As `check`, for a run that lets `algo` improve `policy`."""
+    check(policy, hardware, trains=algo.trains)
+    hardware.check_training(policy, algo)
+
+
 def _check_quantized(policy: Any, hardware: Any) -> None:
     told = f"policy.quantization={policy.quantization}"
     if hardware.offload_parameters:

@@ -19,7 +19,7 @@ import torch
 from rlhf_exp import __version__, frozen, precision, processes
 from rlhf_exp.artifacts import Store, fingerprint, write_directory, write_json
 from rlhf_exp.choices import require
-from rlhf_exp.config import build
+from rlhf_exp.config import build, last_hardware
 from rlhf_exp.data.rows import Dataset
 from rlhf_exp.evaluation.scoring import Evaluator, summary
 from rlhf_exp.export import Export
@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 STAGES = (
     "prepare", "sft", "preferences", "reward", "generate", "merge", "align", "evaluate", "export",
 )  # fmt: skip
+NO_POLICY = {"prepare", "merge", "export"}  # need no policy of this config
 ALONE = ("prepare", "generate", "merge", "evaluate", "export")  # done by the main process
 
 
@@ -93,8 +94,7 @@ class Stages:
         self.config = config = self.about["config"]
         for name in config["stages"]:
             require(name, STAGES, "stages")
-        # a run that was resumed elsewhere keeps its config
-        nodes = config | {"hardware": self.about.get("continued_on", [config["hardware"]])[-1]}
+        nodes = config | {"hardware": last_hardware(self.about)}
         built = {
             k: build(v, k) for k, v in nodes.items() if isinstance(v, dict) and "_target_" in v
         }
@@ -119,7 +119,7 @@ class Stages:
         self.policy.identity()  # a path that leads nowhere ends the run here
         self.hardware: Hardware = built["hardware"]
         aligned = "align" in config["stages"] and self.algo.trains
-        tuned = self.policy.sft and bool(set(config["stages"]) - {"prepare", "merge", "export"})
+        tuned = self.policy.sft and bool(set(config["stages"]) - NO_POLICY)
         trains = aligned or tuned
         precision.check(self.policy, self.hardware, trains=trains)
         self.device = self.hardware.place()
@@ -153,7 +153,7 @@ class Stages:
             self.export.target(self.directory)
             if "align" not in stages:
                 self.export.source(self.directory)
-        if set(stages) - {"prepare", "merge", "export"}:  # these need no policy of this config
+        if set(stages) - NO_POLICY:
             self.policy.check_prompts(self.data.prompts + self.data.held_out, self.base)
         if "align" in stages:
             self.sampler.check(self.policy, self.algo, self.data.prompts + self.data.held_out)

@@ -81,9 +81,9 @@ def resume(directory: Path, arguments: Sequence[str] = ()) -> None:
         raise ValueError(
             f"resume={directory}: this run is finished; its results are in summary.json"
         )
-    from rlhf_exp.config import build, overridden
+    from rlhf_exp.config import build, last_hardware, overridden
 
-    node = about.get("continued_on", [config.get("hardware")])[-1]
+    node = last_hardware(about)
     if arguments and node is not None:
         node = overridden("hardware", node, arguments)
     hardware = build(node, "hardware") if node is not None else None
@@ -101,8 +101,7 @@ def resume(directory: Path, arguments: Sequence[str] = ()) -> None:
         from rlhf_exp import precision
 
         policy, algo = (build(config[key], key) for key in ("policy", "algo"))
-        precision.check(policy, hardware, trains=algo.trains)
-        hardware.check_training(policy, algo)
+        precision.check_training(policy, hardware, algo)
         about["continued_on"] = [*about.get("continued_on", []), node]
         processes.first(lambda: write_json(directory / "run.json", about))
     hardware.launch(directory, isolated=False)

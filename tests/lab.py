@@ -3,6 +3,7 @@ for vowels. lab_fixtures.py makes them.
 """
 
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,17 @@ class Lab:
             algorithm.run(self.policy, self.reward, DATA, self.trial)
         lines = (self.directory / "metrics.jsonl").read_text().splitlines()
         return [row for row in map(json.loads, lines) if "reward/proxy" in row]
+
+    def signal_in(self, step: int | None) -> None:
+        """Let a signal come during this step of the trial."""
+        end_step = self.trial.end_step
+
+        def signalled(now: int, *others: Any) -> None:
+            if now == step:
+                self.trial.signalled = signal.SIGTERM
+            end_step(now, *others)
+
+        self.trial.end_step = signalled  # type: ignore[method-assign]
 
     def scores(self, count: int = 30) -> Tensor:
         """Scores of fresh completions [9 * count]."""

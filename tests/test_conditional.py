@@ -393,7 +393,7 @@ def test_a_judge_of_whom_nothing_can_be_used_is_an_error(lab: MakeLab) -> None:
         ({"per_prompt": None, "fill": True}, r"algo\.fill=true tops up algo\.per_prompt"),
         ({"epochs": -1.0}, r"algo\.epochs=-1\.0 must be positive"),
         ({"compare": -1}, r"algo\.compare=-1"),
-        ({"lr": -1.0}, r"algo\.lr=-1\.0 must be positive"),
+        ({"lr": -1.0}, r"algo\.lr=-1\.0 must not be negative"),
         ({"kl_target": 1.0}, r"algo\.kl_target=1\.0 steers algo\.kl_coef, which is 0"),
         (
             {"labels": Quantiles(names=TOKENS), "batch": 1, "samples": 2, "per_prompt": 3},

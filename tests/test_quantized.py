@@ -2,7 +2,6 @@
 a stopped run ends with the same bits, and what is saved can be loaded.
 """
 
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -57,14 +56,7 @@ def train(base: Any, folder: Path, kind: str, name: str, stop: int | None = None
     """An algorithm on the toy; a signal comes during step `stop`."""
     room = prepare(Lab(base, folder, lora=LORA, quantization=kind, sft=False))
     room.trial.evaluator.settings.every = 1000
-    end_step = room.trial.end_step
-
-    def signalled(step: int, *others: Any) -> None:
-        if step == stop:
-            room.trial.signalled = signal.SIGTERM
-        end_step(step, *others)
-
-    room.trial.end_step = signalled  # type: ignore[method-assign]
+    room.signal_in(stop)
     with room.trial.listening():
         ALGORITHMS[name]().run(room.policy, room.reward, DATA, room.trial)
     return room

@@ -2,7 +2,6 @@
 bits, they leave nothing behind in the policy, and they ask nobody but the trial.
 """
 
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -63,14 +62,7 @@ def prepare(room: Lab) -> Lab:
 def train(room: Lab, algorithm: TrainerAlgorithm, stop: int | None = None) -> Lab:
     """Train on the toy; a signal comes during step `stop`."""
     prepare(room)
-    end_step = room.trial.end_step
-
-    def signalled(step: int, *others: Any) -> None:
-        if step == stop:
-            room.trial.signalled = signal.SIGTERM
-        end_step(step, *others)
-
-    room.trial.end_step = signalled  # type: ignore[method-assign]
+    room.signal_in(stop)
     with room.trial.listening():
         algorithm.run(room.policy, room.reward, DATA, room.trial)  # type: ignore[attr-defined]
     return room

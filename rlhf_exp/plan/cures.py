@@ -77,8 +77,7 @@ def _fits(config: Config, changes: Changes, known: dict[str, Any]) -> bool:
     after = changed(config, changes)
     try:
         policy, hardware, algo = (build(after[k], k) for k in ("policy", "hardware", "algo"))
-        precision.check(policy, hardware, trains=algo.trains)
-        hardware.check_training(policy, algo)
+        precision.check_training(policy, hardware, algo)
         return make(after, known).fits
     except ValueError:  # settings that exclude each other
         return False
