@@ -4,8 +4,8 @@ Nothing heavy is imported before the config is known to be sound, so --help and 
 once.
 """
 
-import json
 import os
+import shlex
 import sys
 from datetime import datetime
 from pathlib import Path
@@ -20,67 +20,72 @@ from omegaconf.errors import OmegaConfBaseException
 
 from rlhf_exp import processes
 from rlhf_exp.choices import require
-from rlhf_exp.config import build, check, conf_directory, explain, resolved
+from rlhf_exp.config import build, conf_directory, explain, resolved
+from rlhf_exp.launching import SWEEPS, UNSAID, asked, outcome, write_down
 from rlhf_exp.worker import guarded
 
 # of a process that shares its run with the main one: no .hydra, no log of Hydra's
 QUIET = ["hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none"]
-SWEEPS = (
-    "a sweep starts the processes of its jobs itself: run it with -m and without torchrun or "
-    "srun, or one run with them"
-)
 
 
 @hydra.main(version_base="1.3", config_path=str(conf_directory()), config_name="config")
-def main(config: DictConfig) -> float | None:
-    """One job: returns the objective, so that a sweeper can optimise it."""
-    sweep = HydraConfig.get().mode == RunMode.MULTIRUN
-    directory = Path(HydraConfig.get().runtime.output_dir)
-    if not sweep and (code := guarded(lambda: run(config, directory, isolated=False))):
-        processes.leave(code)
-    if sweep and processes.joined():
-        raise ValueError(SWEEPS)
-    if sweep:
-        run(config, directory, isolated=True)
-    result = directory / "summary.json"
-    if not result.exists():
+def main(config: DictConfig) -> Any:
+    """One run: returns the objective. The jobs of a sweep are the launcher's."""
+    hydra_config = HydraConfig.get()
+    directory = Path(hydra_config.runtime.output_dir)
+    require(config.sweep, ("run", "status"), "sweep")
+    _check_groups(hydra_config.runtime.choices, hydra_config.mode == RunMode.MULTIRUN)
+    if config.sweep == "status":
+        print(status(Path(config.runs)))
         return None
-    return json.loads(result.read_text())[config.objective]["after"]["mean"]
+    if code := guarded(lambda: run(config, directory), directory):
+        processes.leave(code)
+    return outcome(directory, resolved(config))
 
 
-def run(config: DictConfig, directory: Path, *, isolated: bool) -> None:
+def _check_groups(chosen: dict[str, str], sweep: bool) -> None:
+    """Refuse launchers that are not ours, and one that would not be used."""
+    if sweep:
+        raise ValueError(
+            f"hydra/launcher={chosen['hydra/launcher']} starts no runs of rlhf_exp: use local or "
+            "slurm"
+        )
+    for group, usual in (("hydra/launcher", "local"), ("hydra/sweeper", "grid")):
+        if chosen[group] != usual:
+            raise ValueError(
+                f"{group}={chosen[group]} acts on sweeps only (one run is a sweep, too): type "
+                f"python -m rlhf_exp -m {shlex.join(sys.argv[1:])}"
+            )
+
+
+def run(config: DictConfig, directory: Path) -> None:
     """Check the config, write down what was asked, and do it."""
-    check(config)
-    plain = resolved(config)
-    plain["artifacts"] = str(Path(plain["artifacts"]).expanduser().absolute())
+    plain = asked(config)
     hardware = build(plain["hardware"], "hardware")
     os.environ.update(hardware.env())
     if plain["plan"] is not True:  # a plan is made anywhere
         hardware.check()
-    told = {key: plain.pop(key) for key in ("plan", "planning")}  # they decide nothing of a run
-    if processes.first(lambda: planned(plain | told)):
+    if processes.first(lambda: planned(plain)):
         return
     if (shared := processes.agreed(directory)) != directory:
         raise ValueError(
             f"the processes of the run would write to {shared} and to {directory}: give one "
             "hydra.run.dir to all, with ${started:} in it rather than ${now:}"
         )
-    processes.first(lambda: write_down(plain, directory))
-    hardware.launch(directory, isolated=isolated)
+    told = {k: v for k, v in plain.items() if k not in UNSAID}
+    processes.first(lambda: write_down(told, directory))
+    if processes.main():
+        print(f"run directory: {directory}", file=sys.stderr)
+    hardware.launch(directory)
 
 
-def write_down(plain: dict[str, Any], directory: Path) -> None:
-    """run.json, in a directory that holds no run yet."""
-    from rlhf_exp.artifacts import write_json
-    from rlhf_exp.run import describe
+def status(folder: Path) -> str:
+    """A table of every run below `folder` and how it is."""
+    from rlhf_exp import runs
+    from rlhf_exp.report import sweep
+    from rlhf_exp.slurm import states
 
-    if (directory / "run.json").exists():
-        raise ValueError(
-            f"{directory} already holds a run: choose another hydra.run.dir, "
-            f"or continue it with resume={directory}"
-        )
-    write_json(directory / "run.json", describe(plain))
-    print(f"run directory: {directory}", file=sys.stderr)
+    return sweep.show(list(runs.find([folder], states()).values()))
 
 
 def planned(config: dict[str, Any]) -> bool:
@@ -111,17 +116,21 @@ def cli() -> None:
     if wanted:
         from rlhf_exp.worker import resume
 
-        processes.leave(guarded(lambda: resume(Path(wanted[0]).absolute(), others)))
+        directory = Path(wanted[0]).absolute()
+        processes.leave(guarded(lambda: resume(directory, others), directory))
     processes.leave(guarded(compose_and_run))
 
 
 def compose_and_run() -> None:
     """Hydra's own run, its composition errors explained."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands exceptions on instead of printing them
-    if processes.joined() and {"-m", "--multirun"} & set(sys.argv):
+    sweep = bool({"-m", "--multirun"} & set(sys.argv))
+    if processes.joined() and sweep:
         raise ValueError(SWEEPS)
     if not processes.main():
         sys.argv += QUIET
+    if "sweep=status" in sys.argv:
+        sys.argv += QUIET if sweep else [*QUIET, "hydra.run.dir=."]
     now = processes.agreed(datetime.now())  # one clock for all, as they share a directory
     OmegaConf.register_new_resolver("started", now.strftime)
     try:

@@ -32,6 +32,8 @@ class Root:
     resume: str | None
     plan: Any  # true, false or force
     planning: Any
+    runs: str
+    sweep: str  # run or status
     data: Any
     policy: Any
     labeller: Any
@@ -53,6 +55,10 @@ class Root:
 ROOT_KEYS = [f.name for f in fields(Root)]
 
 
+_sound: set[str] = set()  # nodes that were checked: the jobs of a sweep share most
+
+
+@cache
 def conf_directory() -> Path:
     """conf/ inside the installed package, else at the root of the repository."""
     package = Path(__file__).parent
@@ -84,28 +90,35 @@ def _check(value: Any, key: str) -> None:
             raise ValueError(f"{inner} has no default and must be given: add {inner}=<value>")
         _check(value[name], inner)
     if "_target_" in value:
-        _check_node(value, key)
+        check_node(value, key)
 
 
-def _check_node(node: DictConfig, key: str) -> None:
+def check_node(node: DictConfig, key: str) -> None:
+    """Compare the node `key` with the dataclass that its `_target_` names, as `check` does."""
     try:
         schema = get_class(node._target_)
     except Exception as error:
         raise ValueError(f"{key}._target_={node._target_} cannot be imported ({error})") from None
-    if is_dataclass(schema):
+    if not is_dataclass(schema):
+        return
+    content = f"{key} {OmegaConf.to_container(node)}"
+    if content not in _sound:
         _check_fields(node, schema, f"{key}.")
+        _sound.add(content)
 
 
 def _check_fields(node: DictConfig, schema: Any, prefix: str) -> None:
     """Compare keys and types of `node` with the fields of the dataclass `schema`."""
     values = {str(k): v for k, v in node.items() if k != "_target_"}
-    known = [f.name for f in fields(schema) if f.init]
+    known = {f.name: f.type for f in fields(schema) if f.init}
     for name in values:
         if name not in known:
             what = f"a setting of {schema.__name__}" if prefix else "a setting"
             raise ValueError(f"{prefix}{name} is not {what}{nearest(name, known)}")
     plain = {
-        k: OmegaConf.to_container(v) if OmegaConf.is_config(v) else v for k, v in values.items()
+        k: OmegaConf.to_container(v) if OmegaConf.is_config(v) else v
+        for k, v in values.items()
+        if known[k] is not Any
     }
     with suppress(OmegaConfBaseException):
         OmegaConf.merge(_typed(schema), plain)
@@ -224,7 +237,8 @@ def _keys_beside(key: str, arguments: list[str]) -> list[str]:
     ]
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(conf_directory()), version_base="1.3"):
-        node: Any = compose("config", overrides=chosen)
+        of_hydra = key.startswith("hydra.")
+        node: Any = compose("config", overrides=chosen, return_hydra_config=of_hydra)
     parent = key.rpartition(".")[0]
     while parent and not isinstance(OmegaConf.select(node, parent), DictConfig):
         parent = parent.rpartition(".")[0]

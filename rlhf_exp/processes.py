@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+TASKS = "RLHF_EXP_TASKS"  # "node": a SLURM task is a whole node, not a process of the run
 OF_MPI = ("PMI_SIZE", "PMI_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK")
 FAILED = "failed"  # the store's count of processes that wanted to say why the run fails
 PREFIX = "rlhf_exp"  # of our keys
@@ -58,6 +59,35 @@ class Group:
 _group: Group | None = None
 
 
+@dataclass(frozen=True)
+class Node:
+    """One of several nodes on which SLURM has started one task each: the task starts the processes
+    of its node, which meet at the first node's `address`.
+    """
+
+    number: int
+    count: int
+    address: str
+    port: str
+
+
+def node() -> Node | None:
+    """The node whose processes this one is to start; None if it has none to start, or all."""
+    count = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
+    if os.environ.get(TASKS) != "node" or count == 1:
+        return None
+    return Node(int(os.environ["SLURM_PROCID"]), count, *_meeting_point(os.environ))
+
+
+def _meeting_point(environment: Mapping[str, str]) -> tuple[str, str]:
+    """Address and port that all tasks of a job step find by themselves."""
+    job = int(environment.get("SLURM_JOB_ID", "0"))
+    return (
+        environment.get("MASTER_ADDR") or first_host(environment["SLURM_STEP_NODELIST"]),
+        environment.get("MASTER_PORT") or str(20_000 + job % 20_000),
+    )
+
+
 def described(environment: Mapping[str, str]) -> dict[str, str] | None:
     """The variables of torch's rendezvous, as torchrun gives them or as they follow from those of
     srun; None where nothing describes a group.
@@ -71,16 +101,15 @@ def described(environment: Mapping[str, str]) -> dict[str, str] | None:
             )
         return {name: environment[name] for name in NAMES}
     # of a job step: SLURM_NTASKS is also there in a batch script that starts one process itself
-    if int(environment.get("SLURM_STEP_NUM_TASKS", "1")) == 1:
+    if int(environment.get("SLURM_STEP_NUM_TASKS", "1")) == 1 or environment.get(TASKS) == "node":
         return None
-    job = int(environment.get("SLURM_JOB_ID", "0"))
+    address, port = _meeting_point(environment)
     return {
         "RANK": environment["SLURM_PROCID"],
         "WORLD_SIZE": environment["SLURM_STEP_NUM_TASKS"],
         "LOCAL_RANK": environment["SLURM_LOCALID"],
-        "MASTER_ADDR": environment.get("MASTER_ADDR")
-        or first_host(environment["SLURM_STEP_NODELIST"]),
-        "MASTER_PORT": environment.get("MASTER_PORT") or str(20_000 + job % 20_000),
+        "MASTER_ADDR": address,
+        "MASTER_PORT": port,
     }
 
 

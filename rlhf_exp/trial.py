@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rlhf_exp import processes
+from rlhf_exp import processes, signals
 from rlhf_exp.checkpoints import Checkpoints, random_state, set_random_state
 from rlhf_exp.evaluation.scoring import Evaluator
 from rlhf_exp.policy import Policy, Rollouts
@@ -56,11 +56,8 @@ class Trial:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """SIGINT, SIGTERM and SIGUSR1 ask for a save and a stop after the step."""
-        before = {
-            n: signal.signal(n, self._remember)
-            for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-        }
+        """SIGINT, SIGTERM, SIGUSR1 and SIGUSR2 ask for a save and a stop after the step."""
+        before = {n: signal.signal(n, self._remember) for n in signals.STOPS}
         try:
             yield
         finally:
@@ -133,10 +130,15 @@ class Trial:
         return True
 
     def _remember(self, number: int, _frame: FrameType | None) -> None:
-        """The first signal asks for a stop after this step; a second one stops at once."""
+        """The first signal asks for a stop after this step; a second one stops at once, but under
+        SLURM, which may say it twice.
+        """
+        if self.signalled and signals.requeues():
+            return
         if self.signalled:
             raise KeyboardInterrupt
         self.signalled = number
+        signals.received.append(number)
         self.log.say(
             f"stopping after this step (signal {number}); once more stops at once, without saving"
         )

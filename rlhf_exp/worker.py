@@ -1,8 +1,9 @@
-"""One process of a run: `python -m rlhf_exp.worker <run directory>` does what the directory's
-run.json asks for.
+"""A process of a run: `python -m rlhf_exp.worker <run directory>` does what the directory's
+run.json asks for, from its newest checkpoint on.
 
-It knows nothing of Hydra. The exit code says how it ended: 0 done, 1 a mistake in the input, 128 +
-n stopped by signal n.
+Launchers start it, torchrun and srun may, and it starts the others if the hardware asks for several
+and nobody else did. It knows nothing of Hydra. The exit code says how it ended: 0 done, 1 a mistake
+in the input, 128 + n stopped by signal n. Why a run failed is also left in its failed.json.
 """
 
 import ctypes
@@ -10,26 +11,37 @@ import json
 import logging
 import os
 import signal
+import socket
 import sys
 import time
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
+from datetime import UTC, datetime
 from pathlib import Path
-from types import FrameType
+from typing import Any
 
-from rlhf_exp import processes
+from rlhf_exp import processes, signals
+from rlhf_exp.artifacts import write_json
+from rlhf_exp.lease import working
+
+PARENT = "RLHF_EXP_PARENT"  # process id of whoever a worker is not to outlive
+FAILED, PRUNED = "failed.json", "pruned.json"
 
 
 def work(directory: Path) -> None:
     """Do the run in this process, or this process's part of it."""
-    for number in (signal.SIGTERM, signal.SIGQUIT, signal.SIGUSR1):
-        signal.signal(number, interrupt)
+    signals.listen()
     _quiet_libraries()
-    _log_to(directory / "run.log")
-    from rlhf_exp.run import Stages
+    with working(directory) if processes.main() else nullcontext():
+        if processes.main():
+            for left in (FAILED, PRUNED):
+                (directory / left).unlink(missing_ok=True)
+        _log_to(directory / "run.log")
+        from rlhf_exp.run import Stages
 
-    Stages(directory).run()
+        Stages(directory).run()
 
 
 def _quiet_libraries() -> None:
@@ -62,21 +74,28 @@ def _log_to(path: Path) -> None:
     logger.addHandler(file)
 
 
-def resume(directory: Path, arguments: Sequence[str] = ()) -> None:
-    """Continue the run in `directory`, on the hardware it ran on last or as `arguments` change it;
-    ValueError if it is finished or not one of ours.
-    """
+def asked_of(directory: Path) -> dict[str, Any]:
+    """What run.json says; ValueError or FileNotFoundError if it is not one of ours."""
     if not (directory / "run.json").is_file():
         raise FileNotFoundError(
             f"resume={directory}: no run.json there, so it is not a run directory of rlhf_exp"
         )
     try:
         about = json.loads((directory / "run.json").read_text())
-        config = about["config"]
-    except (ValueError, KeyError, TypeError):
+        _ = about["config"].keys()
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(
             f"resume={directory}: its run.json is damaged, so nothing can be resumed"
         ) from None
+    return about
+
+
+def resume(directory: Path, arguments: Sequence[str] = ()) -> None:
+    """Continue the run in `directory`, on the hardware it ran on last or as `arguments` change it;
+    ValueError if it is finished or not one of ours.
+    """
+    about = asked_of(directory)
+    config = about["config"]
     if (directory / "summary.json").exists():
         raise ValueError(
             f"resume={directory}: this run is finished; its results are in summary.json"
@@ -88,8 +107,7 @@ def resume(directory: Path, arguments: Sequence[str] = ()) -> None:
         node = overridden("hardware", node, arguments)
     hardware = build(node, "hardware") if node is not None else None
     os.environ.update(hardware.env() if hardware is not None else {})
-    from rlhf_exp.artifacts import write_json
-    from rlhf_exp.run import config_fingerprint
+    from rlhf_exp.runs import config_fingerprint
 
     if hardware is None or about.get("fingerprint") != config_fingerprint(config):
         raise ValueError(
@@ -104,11 +122,12 @@ def resume(directory: Path, arguments: Sequence[str] = ()) -> None:
         precision.check_training(policy, hardware, algo)
         about["continued_on"] = [*about.get("continued_on", []), node]
         processes.first(lambda: write_json(directory / "run.json", about))
-    hardware.launch(directory, isolated=False)
+    hardware.launch(directory)
 
 
-def guarded(call: Callable[[], object]) -> int:
-    """Run `call`; what a person can mend becomes one sentence on stderr. Returns the exit code.
+def guarded(call: Callable[[], object], directory: Path | None = None) -> int:
+    """Run `call`; what a person can mend becomes one sentence on stderr, and in failed.json of the
+    run in `directory`. Returns the exit code.
 
     Of several processes that fail, the first one says why. RLHF_EXP_TRACEBACK=1 shows the whole
     traceback instead of a sentence.
@@ -122,7 +141,10 @@ def guarded(call: Callable[[], object]) -> int:
             print("interrupted; finished artifacts are kept", file=sys.stderr)
         return 130
     except (ValueError, OSError, ImportError) as error:
-        if processes.first_to_fail():
+        if signals.ended_by_signal():
+            print(f"after a signal: {sentence(error)}", file=sys.stderr)
+        elif processes.first_to_fail():
+            record_failure(directory, sentence(error))
             if os.environ.get("RLHF_EXP_TRACEBACK") == "1":
                 raise
             print(f"error: {sentence(error)}", file=sys.stderr)
@@ -132,13 +154,14 @@ def guarded(call: Callable[[], object]) -> int:
             if processes.main():
                 print(error, file=sys.stderr)
             return error.exit_code  # type: ignore[attr-defined]
-        if not processes.joined():
-            raise
-        return _died()
+        if processes.joined():
+            return _died(error, directory)
+        record_failure(directory, f"{type(error).__name__}: {sentence(error)}")
+        raise
     return 0
 
 
-def _died() -> int:
+def _died(error: Exception, directory: Path | None) -> int:
     """The exit code of a process of a group with an error that nobody expected. If it is only
     that another one vanished, the launcher ends this one before its patience does.
     """
@@ -146,9 +169,20 @@ def _died() -> int:
         time.sleep(processes.PATIENCE)
     except KeyboardInterrupt:
         return 130
-    if processes.first_to_fail():
+    if not signals.ended_by_signal() and processes.first_to_fail():
+        record_failure(directory, f"{type(error).__name__}: {sentence(error)}")
         traceback.print_exc()
     return 1
+
+
+def record_failure(directory: Path | None, why: str) -> None:
+    """Leave in a run's directory, if there is a run in it, why it failed."""
+    if directory is None or not (directory / "run.json").exists():
+        return
+    told = {"error": why, "rank": processes.rank(), "host": socket.gethostname()}
+    when = datetime.now(UTC).isoformat(timespec="seconds")
+    with processes.alone(), suppress(OSError):  # the disk may be what is wrong
+        write_json(directory / FAILED, told | {"when": when})
 
 
 def sentence(error: Exception) -> str:
@@ -161,27 +195,35 @@ def sentence(error: Exception) -> str:
     return f"{where}{what}; choose another place with artifacts= or hydra.run.dir="
 
 
-def interrupt(_number: int, _frame: FrameType | None) -> None:
-    """Let a signal end a stage as Ctrl-C does: half-made artifacts are removed."""
-    raise KeyboardInterrupt
-
-
 def die_with_parent() -> None:
-    """Be sent SIGTERM when the process that started this one ends, however it ends (Linux)."""
-    if sys.platform == "linux":
+    """Be sent SIGTERM when the process that started this one ends, however it ends (Linux). Of
+    those that are to: SLURM's own end without their jobs.
+    """
+    if sys.platform == "linux" and os.environ.get(PARENT) == str(os.getppid()):
         set_death_signal = 1  # PR_SET_PDEATHSIG
         ctypes.CDLL(None).prctl(set_death_signal, signal.SIGTERM)
 
 
 def main() -> None:
-    """The process that `Hardware.launch` starts."""
+    """The process that launchers start."""
     die_with_parent()
-    processes.leave(guarded(_join_and_work))
+    signals.listen()
+    directory = Path(sys.argv[1])
+    code = guarded(lambda: carry_out(directory), directory)
+    told = processes.main(), processes.failed()
+    processes.leave(signals.instead_of_leaving(code, main=told[0], failed=told[1]))
 
 
-def _join_and_work() -> None:
+def carry_out(directory: Path) -> None:
+    """Do what run.json asks for, as one of the processes it takes or as their parent."""
+    from rlhf_exp.config import build, last_hardware
+
+    about = asked_of(directory)
+    hardware = build(last_hardware(about), "hardware")
+    os.environ.update(hardware.env())
     processes.join()
-    work(Path(sys.argv[1]))
+    hardware.check()
+    hardware.launch(directory)
 
 
 if __name__ == "__main__":

@@ -90,7 +90,7 @@ class Hardware:
     def env(self) -> dict[str, str]:
         """Environment variables that must be set before torch is imported in a worker."""
         threads = self.threads
-        if threads is None and self.processes > 1:
+        if threads is None and self.processes > 1 and "OMP_NUM_THREADS" not in os.environ:
             threads = max(1, (os.cpu_count() or 1) // self.processes)
         return {"OMP_WAIT_POLICY": "PASSIVE"} | (
             {"OMP_NUM_THREADS": str(threads)} if threads else {}
@@ -116,10 +116,10 @@ class Hardware:
                 f"hardware.processes={self.processes} times hardware.nodes={self.nodes} is "
                 f"{asked}: give both the same number"
             )
-        if self.nodes > 1 and not processes.joined():
+        if self.nodes > 1 and not processes.joined() and processes.node() is None:
             raise ValueError(
-                f"hardware.nodes={self.nodes} needs a command on every node: start it with srun "
-                "or torchrun, as in launchers/slurm.sh"
+                f"hardware.nodes={self.nodes} needs a command on every node: start it with "
+                "-m hydra/launcher=slurm, or with srun or torchrun, as in launchers/slurm.sh"
             )
 
     def check_training(self, policy: Any, algo: Any) -> None:
@@ -127,19 +127,18 @@ class Hardware:
         is loaded.
         """
 
-    def launch(self, directory: Path, *, isolated: bool) -> None:
-        """Do the run that `directory` describes: as one of the group that torchrun or srun
-        started, in place, or in processes of its own (jobs of a sweep share nothing).
+    def launch(self, directory: Path) -> None:
+        """Do the run that `directory` describes: in place, as one of the group that torchrun or
+        srun started, or in processes of its own.
         """
-        if processes.joined() or not (isolated or self.grouped):
+        if processes.joined() or not self.grouped:
             from rlhf_exp.worker import work
 
             work(directory)
             return
         from rlhf_exp.hardware.launch import run_workers
 
-        count = self.processes if self.grouped else None
-        run_workers(directory, count, self.env(), isolated=isolated)
+        run_workers(directory, self.processes, self.env(), processes.node())
 
     # ---- in a worker
 

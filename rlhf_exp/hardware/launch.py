@@ -14,35 +14,37 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rlhf_exp.processes import FAILED, PREFIX, WorkerFailed
+from rlhf_exp import signals
+from rlhf_exp.processes import FAILED, PREFIX, Node, WorkerFailed
 
 GRACE = 5.0  # seconds between asking a worker to end at once and killing it
-HANDED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 FOREIGN = ("ACCELERATE_", "FSDP_")  # settings of a shell that would override the config
 
 Worker = subprocess.Popen[bytes]
 
 
-def run_workers(directory: Path, count: int | None, env: dict[str, str], *, isolated: bool) -> None:
-    """Do the run in `directory` in a group of `count` workers, or in one worker without a group
-    (None), and wait for them. Signals to this process reach the workers.
+def run_workers(directory: Path, count: int, env: dict[str, str], node: Node | None = None) -> None:
+    """Do the run in `directory` in a group of `count` workers, together with those of other nodes
+    if this is one `node` of several, and wait for them. Signals to this process reach the workers,
+    if SLURM does not send them to all by itself.
 
-    WorkerFailed if one ends badly and has said why, ValueError if one was killed, SystemExit with
-    their exit code after a signal.
+    WorkerFailed if one ends badly and has said why, or after a signal, with its exit code;
+    ValueError if one was killed.
     """
-    store = _store() if count else None
+    store = _store() if node is None else None
     workers: list[Worker] = []
     received: list[int] = []
 
     def hand_on(number: int, _frame: Any) -> None:
         received.append(number)
-        for worker in workers:
+        for worker in workers if not signals.requeues() else ():
             worker.send_signal(number)
 
-    with _handling(hand_on):
+    with handling(hand_on):
         try:
-            for rank in range(count or 1):
-                workers.append(_start(directory, env | _described(rank, count, store)))
+            for rank in range(count):
+                about = _described(rank, count, store, node)
+                workers.append(start(directory, env | about))
             bad = _wait(workers, received)
             code = workers[bad].returncode if bad is not None else 0
             # the others see their peer vanish: they need not say so
@@ -55,11 +57,8 @@ def run_workers(directory: Path, count: int | None, env: dict[str, str], *, isol
             f"for lack of memory); what it saved is kept: continue with resume={directory}"
         )
     code = code or next((w.returncode for w in workers if w.returncode), 0)
-    code = code if code >= 0 else 128 - code
-    if received and (code or isolated):  # a sweep goes no further
-        raise SystemExit(code or 128 + received[-1])
     if code:
-        raise WorkerFailed(code)
+        raise WorkerFailed(code if code >= 0 else 128 - code)
 
 
 def _store() -> Any:
@@ -76,25 +75,29 @@ def _told_already(store: Any) -> bool:
     return PrefixStore(PREFIX, store).add(FAILED, 1) > 1
 
 
-def _described(rank: int, count: int | None, store: Any) -> dict[str, str]:
-    """What torchrun would tell the worker `rank`."""
-    if count is None:
-        return {}
-    return {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(count),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(store.port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is up: connect only
-    }
+def _described(rank: int, count: int, store: Any, node: Node | None) -> dict[str, str]:
+    """What torchrun would tell the worker `rank` of this node."""
+    about = {"LOCAL_RANK": str(rank), "TORCHELASTIC_USE_AGENT_STORE": str(node is None)}
+    if node is None:  # the store is up: connect only
+        about |= {"RANK": str(rank), "WORLD_SIZE": str(count)}
+        return about | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+    about |= {"RANK": str(node.number * count + rank), "WORLD_SIZE": str(node.count * count)}
+    return about | {"MASTER_ADDR": node.address, "MASTER_PORT": node.port}
 
 
-def _start(directory: Path, env: dict[str, str]) -> Worker:
-    """A worker in a session of its own, which Ctrl-C reaches through this process alone."""
+def start(directory: Path, env: dict[str, str], output: int | None = None) -> Worker:
+    """A worker in a session of its own, which Ctrl-C reaches through this process alone; it ends
+    with this process. What it says goes to the screen, or to the file descriptor `output`.
+    """
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(FOREIGN)}
     command = [sys.executable, "-m", "rlhf_exp.worker", str(directory)]
-    return subprocess.Popen(command, env=inherited | env, start_new_session=True)
+    return subprocess.Popen(
+        command,
+        env=inherited | env | {"RLHF_EXP_PARENT": str(os.getpid())},
+        stdout=output,
+        stderr=output,
+        start_new_session=True,
+    )
 
 
 def _wait(workers: list[Worker], received: list[int]) -> int | None:
@@ -124,9 +127,9 @@ def _end(workers: list[Worker]) -> None:
 
 
 @contextmanager
-def _handling(handler: Callable[[int, Any], None]) -> Iterator[None]:
+def handling(handler: Callable[[int, Any], None]) -> Iterator[None]:
     """`handler` gets the signals that are handed on, in this block."""
-    before = {number: signal.signal(number, handler) for number in HANDED_ON}
+    before = {number: signal.signal(number, handler) for number in signals.STOPS}
     try:
         yield
     finally:

@@ -1,0 +1,375 @@
+"""The jobs of a sweep: what each of them asks for, whether it was done before, what became of it.
+
+A job is known by its fingerprint. Its run is looked for below `runs` and in the sweep's own folder:
+one that is finished is not done again, one that stopped or failed goes on in its old directory, one
+that is being done is left alone, and what is missing is started. Launchers differ in where they
+start `python -m rlhf_exp.worker <run directory>`; the jobs know nothing of Hydra.
+"""
+
+import json
+import logging
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, OverrideType
+from hydra.core.utils import JobReturn, JobStatus, filter_overrides
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf, flag_override
+
+from rlhf_exp import processes, runs
+from rlhf_exp.artifacts import write_json
+from rlhf_exp.config import build, check, check_node, conf_directory, resolved
+from rlhf_exp.hardware.launch import handling, start
+
+logger = logging.getLogger(__name__)
+
+LEFT_ALONE = ("finished", "running", "queued")  # states of runs that need nobody
+UNSAID = ("plan", "planning", "runs", "sweep")  # keys that are none of the run's business
+SWEEPS = (
+    "a sweep starts the processes of its jobs itself: run it with -m and without torchrun or "
+    "srun, or one run with them"
+)
+
+
+def asked(config: DictConfig) -> dict[str, Any]:
+    """What a run is asked to do, as plain values: checked, and artifacts where every process finds
+    them.
+    """
+    check(config)
+    plain = resolved(config)
+    plain["artifacts"] = str(Path(plain["artifacts"]).expanduser().absolute())
+    return plain
+
+
+def write_down(plain: dict[str, Any], directory: Path) -> None:
+    """run.json, in a directory that holds no run yet."""
+    from rlhf_exp.run import describe
+
+    if (directory / "run.json").exists():
+        raise ValueError(
+            f"{directory} already holds a run: choose another hydra.run.dir, "
+            f"or continue it with resume={directory}"
+        )
+    write_json(directory / "run.json", describe(plain))
+
+
+@dataclass
+class Job:
+    """One point of a sweep."""
+
+    number: int
+    overrides: list[str]
+    config: DictConfig
+    plain: dict[str, Any] = field(default_factory=dict)  # the same, checked
+    told: dict[str, Any] = field(default_factory=dict)  # of it, what the run is told
+    fingerprint: str = ""
+    directory: Path | None = None
+    state: str = "missing"
+    error: Exception | None = None
+
+    @property
+    def needed(self) -> bool:
+        """Whether somebody must do it."""
+        pruned = self.state == "pruned" and self.plain.get("pruning") is not None
+        return self.error is None and self.state not in LEFT_ALONE and not pruned
+
+
+class Points:
+    """Composes the points of a sweep. Those that differ in values only share one composition, as
+    that is slow; the values are then set as Hydra sets them.
+    """
+
+    def __init__(self, loader: ConfigLoader, config: DictConfig) -> None:
+        self.loader, self.config = loader, config
+        self.parser = OverridesParser.create(loader)
+        self.composed: dict[tuple[str, ...], DictConfig] = {}
+
+    def __call__(self, overrides: list[str]) -> DictConfig:
+        """The config of a run under these overrides, without Hydra's own part."""
+        read = self.parser.parse_overrides(overrides)
+        values = [o for o in read if self._is_value(o)]
+        options = tuple(o.input_line or "" for o in read if o not in values)
+        if options not in self.composed:
+            found = self.loader.load_sweep_config(self.config, list(options))
+            with flag_override(found, ["struct", "readonly"], False):
+                del found["hydra"]
+            self.composed[options] = found
+        config = self.composed[options].copy()
+        for override in values:
+            OmegaConf.update(config, override.key_or_group, override.value())
+        return config
+
+    def _is_value(self, override: Override) -> bool:
+        """Whether it sets a value there is, and selects, adds or deletes nothing."""
+        key = override.key_or_group
+        plain = override.type == OverrideType.CHANGE and override.package is None
+        return plain and not key.startswith("hydra") and not (conf_directory() / key).is_dir()
+
+
+class Sweeping(Launcher):
+    """What launchers have in common; each says in `do` how jobs are done."""
+
+    report = True  # write table and figures at the end; a sweeper with its own turns it off
+
+    def setup(
+        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
+    ) -> None:
+        self.points, self.config = Points(hydra_context.config_loader, config), config
+        check_node(config.hydra.launcher, "hydra.launcher")
+        self.check()
+
+    def check(self) -> None:
+        """Refuse settings that make no sense, and a machine that cannot do it: ValueError."""
+
+    def do(self, jobs: list[Job]) -> None:
+        """See to these jobs; returns when they have ended, or will do so by themselves."""
+        raise NotImplementedError
+
+    def queue(self) -> dict[str, str] | None:
+        """What SLURM says of jobs, by their ids; None if it says nothing."""
+        from rlhf_exp.slurm import states
+
+        return states()
+
+    def launch(
+        self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
+    ) -> Sequence[JobReturn]:
+        """Do what is missing of these jobs; Hydra's sweepers call this."""
+        if processes.joined():
+            raise ValueError(SWEEPS)
+        folder = Path(str(self.config.hydra.sweep.dir)).absolute()
+        jobs = [self._job(list(o), n) for n, o in enumerate(job_overrides, initial_job_idx)]
+        self._find(jobs, folder)
+        if self.config.sweep == "status":
+            print(self._table(jobs))
+            _tidy(folder)
+            return [_returned(job, None) for job in jobs]
+        todo = self._first_of_each(jobs)
+        self._note(folder, jobs)
+        logger.info("%s", _counted(jobs, todo))
+        try:
+            self.do(todo)
+        finally:
+            if self.report and initial_job_idx + len(jobs) > 1:
+                self._report(folder)
+        queue = self.queue()
+        return [_returned(job, self._outcome(job, queue)) for job in jobs]
+
+    # ---- before
+
+    def _job(self, overrides: list[str], number: int) -> Job:
+        """What the sweep's point `number` asks for; its error, if it cannot be done."""
+        job = Job(number, overrides, self.points(overrides))
+        try:
+            job.plain = asked(job.config)
+            job.told = {k: v for k, v in job.plain.items() if k not in UNSAID}
+            for key, node in job.plain.items():
+                if isinstance(node, dict) and "_target_" in node:
+                    _can_be_built(json.dumps(node, sort_keys=True), key)
+            job.fingerprint = runs.config_fingerprint(job.told)
+        except ValueError as error:
+            job.error = error
+        return job
+
+    def _find(self, jobs: list[Job], folder: Path) -> None:
+        """Where each job's run is, or is to be, and what became of it."""
+        known = runs.find([Path(self.config.runs), folder], self.queue())
+        taken = {
+            d for d in (folder.iterdir() if folder.exists() else ()) if (d / "run.json").exists()
+        }
+        chosen: dict[str, Path] = {}
+        for job in jobs:
+            if job.error is not None:
+                continue
+            if found := known.get(job.fingerprint):
+                job.directory, job.state = found.directory, found.state
+            elif job.fingerprint in chosen:
+                job.directory = chosen[job.fingerprint]
+            else:
+                numbers = (job.number, *range(len(taken) + 1))
+                job.directory = next(d for n in numbers if (d := folder / str(n)) not in taken)
+                taken.add(job.directory)
+            chosen[job.fingerprint] = job.directory
+
+    def _first_of_each(self, jobs: list[Job]) -> list[Job]:
+        """The jobs to be done, each run once; their directories say what is asked."""
+        todo: dict[str, Job] = {}
+        for job in jobs:
+            if job.needed and job.fingerprint not in todo:
+                try:
+                    self._prepare(job)
+                except ValueError as error:
+                    job.error = error
+                    continue
+                todo[job.fingerprint] = job
+        if not todo and jobs and all(job.error is not None for job in jobs):
+            assert jobs[0].error is not None
+            raise jobs[0].error
+        return list(todo.values())
+
+    def _prepare(self, job: Job) -> None:
+        """Write down what is asked of a job; ValueError if it cannot fit where it is to run."""
+        from rlhf_exp import plan
+
+        assert job.directory is not None
+        if str(job.plain["plan"]).lower() == "true":
+            raise ValueError("plan=true plans one run: leave -m away")
+        if job.plain["plan"] is False:
+            plan.refuse(job.plain)
+        if job.state == "missing":
+            write_down(job.told, job.directory)
+            asked_for = job.directory / ".hydra"  # where Hydra leaves it in a single run
+            asked_for.mkdir()
+            OmegaConf.save(job.config, asked_for / "config.yaml")
+            OmegaConf.save(OmegaConf.create(job.overrides), asked_for / "overrides.yaml")
+        else:  # what decides nothing may have changed
+            about = json.loads((job.directory / "run.json").read_text())
+            write_json(job.directory / "run.json", about | {"config": job.told})
+
+    def _note(self, folder: Path, jobs: list[Job]) -> None:
+        """sweep.json: which run each job is."""
+        path = folder / "sweep.json"
+        before = json.loads(path.read_text())["jobs"] if path.exists() else []
+        now = [
+            {
+                "number": job.number,
+                "overrides": list(filter_overrides(job.overrides)),
+                "directory": str(job.directory) if job.directory else None,
+                "fingerprint": job.fingerprint,
+                "error": str(job.error) if job.error else None,
+            }
+            for job in jobs
+        ]
+        numbers = {job.number for job in jobs}
+        kept = [j for j in before if j["number"] not in numbers]
+        write_json(path, {"jobs": sorted(kept + now, key=lambda j: j["number"])})
+
+    # ---- after
+
+    def _outcome(self, job: Job, queue: dict[str, str] | None) -> Any:
+        """The job's objective, or the exception that it ended with."""
+        if job.error is not None or job.directory is None:
+            return job.error
+        run = runs.read(job.directory, queue)
+        if run.state == "failed":
+            return ValueError(f"{job.directory}: {run.error}")
+        return outcome(job.directory, job.plain)
+
+    def _table(self, jobs: list[Job]) -> str:
+        from rlhf_exp.report import sweep
+
+        return sweep.show(jobs)
+
+    def _report(self, folder: Path) -> None:
+        from rlhf_exp.report import sweep
+
+        print(sweep.write(folder, self.queue()))
+
+
+def _tidy(folder: Path) -> None:
+    """Remove what a sweeper left in the folder of a sweep that only looked."""
+    left = list(folder.iterdir()) if folder.exists() else []
+    if [path.name for path in left] != ["multirun.yaml"]:
+        return
+    left[0].unlink()
+    for path in (folder, folder.parent):  # the day's, too
+        with suppress(OSError):
+            path.rmdir()
+
+
+def outcome(directory: Path, plain: dict[str, Any]) -> Any:
+    """The objective of the run in `directory`; None if it has none yet."""
+    result = directory / "summary.json"
+    if not result.exists():
+        return None
+    return json.loads(result.read_text())[plain["objective"]]["after"]["mean"]
+
+
+@cache
+def _can_be_built(node: str, key: str) -> None:
+    """Build a node once for all jobs that have it: its class may refuse its values."""
+    build(json.loads(node), key)
+
+
+def _counted(jobs: list[Job], todo: list[Job]) -> str:
+    """One line: what of the sweep is there, and what is to be done."""
+    states = [job.state for job in jobs if job.error is None]
+    counts = {state: states.count(state) for state in dict.fromkeys(states)}
+    there = ", ".join(f"{n} {state}" for state, n in counts.items() if state != "missing")
+    wrong = sum(job.error is not None for job in jobs)
+    told = [f"{len(jobs)} jobs", *([there] if there else []), f"{len(todo)} to do"]
+    return ", ".join(told + ([f"{wrong} impossible"] if wrong else []))
+
+
+def _returned(job: Job, value: Any) -> JobReturn:
+    """What Hydra wants to know of a job."""
+    failed = isinstance(value, Exception)
+    back = JobReturn(
+        overrides=job.overrides,
+        working_dir=str(job.directory) if job.directory else None,
+        status=JobStatus.FAILED if failed else JobStatus.COMPLETED,
+    )
+    back.return_value = value
+    return back
+
+
+@dataclass(kw_only=True)
+class Local(Sweeping):
+    """Jobs on this machine, each in a process of its own, `jobs` of them at a time."""
+
+    jobs: int
+
+    def check(self) -> None:
+        if self.jobs < 1:
+            raise ValueError(f"hydra.launcher.jobs={self.jobs} must be at least 1")
+
+    def do(self, jobs: list[Job]) -> None:
+        """Start, and wait. A signal reaches the jobs that run, and no other is started."""
+        waiting, working, received = list(jobs), {}, []
+
+        def hand_on(number: int, _frame: Any) -> None:
+            received.append(number)
+            for process in working:
+                process.send_signal(number)
+
+        with handling(hand_on):
+            while working or (waiting and not received):
+                while waiting and len(working) < self.jobs and not received:
+                    working |= self._started(waiting.pop(0))
+                for process in [p for p in working if p.poll() is not None]:
+                    _tell_if_killed(working.pop(process), process.returncode, bool(received))
+                time.sleep(0.05)
+        if received:
+            raise SystemExit(128 + received[-1])
+
+    def _started(self, job: Job) -> dict[Any, Job]:
+        """The job's process; where several run at once, what it says goes to a file."""
+        assert job.directory is not None
+        logger.info("#%d: %s", job.number, " ".join(filter_overrides(job.overrides)))
+        print(f"run directory: {job.directory}", file=sys.stderr)
+        if self.jobs == 1:
+            return {start(job.directory, {}): job}
+        with (job.directory / "output.log").open("ab") as file:
+            return {start(job.directory, {}, file.fileno()): job}
+
+
+def _tell_if_killed(job: Job, code: int, stopped: bool) -> None:
+    """Leave a word of a process that could leave none."""
+    from rlhf_exp.worker import record_failure
+
+    if code < 0 and not stopped:
+        record_failure(
+            job.directory,
+            f"ended by {signal.Signals(-code).name} (SIGKILL: often for lack of memory); what it "
+            "saved is kept",
+        )
