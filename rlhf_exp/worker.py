@@ -89,7 +89,7 @@ def resume(directory: Path, arguments: Sequence[str] = ()) -> None:
     hardware = build(node, "hardware") if node is not None else None
     os.environ.update(hardware.env() if hardware is not None else {})
     from rlhf_exp.artifacts import write_json
-    from rlhf_exp.run import config_fingerprint
+    from rlhf_exp.runs import config_fingerprint
 
     if hardware is None or about.get("fingerprint") != config_fingerprint(config):
         raise ValueError(
