@@ -1,14 +1,16 @@
 """The store: what a stage makes is a directory named by its fingerprint, complete or absent.
 
 A directory is written under a temporary name, every file fsynced and hashed, and renamed. Whoever
-finds it finished reuses it after checking the hashes; whoever comes while it is being made waits on
-a file lock. Of the processes of one run, the main one makes and writes; the others wait and read.
+finds it finished reuses it after checking the hashes; whoever comes while it is being made, on this
+host or another, waits for a lease. Of the processes of one run, the main one makes and writes; the
+others wait and read.
 """
 
 import errno
 import hashlib
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,9 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
-from rlhf_exp import processes
+from rlhf_exp import lease, processes
 
 MANIFEST = "artifact.json"
 # How a full disk or a file size limit reads, also through libraries with errors of their own.
@@ -62,30 +62,61 @@ def write_text(path: Path, text: str) -> None:
 
 def write_directory(path: Path, make: Callable[[Path], object], about: dict) -> None:
     """Let `make` fill a directory that appears at `path` whole or not at all, with a manifest of
-    its hashes. Only the main process writes.
+    its hashes; if somebody else's has appeared there meanwhile, that one stays. Only the main
+    process writes.
     """
     if not processes.main():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    for stale in path.parent.glob(f".{path.name}.tmp-*"):
-        shutil.rmtree(stale)  # left by a process that was killed
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    _clear_leftovers(path)
+    temporary = path.with_name(f".{path.name}.tmp-{secrets.token_hex(8)}")
     try:
-        temporary.mkdir()
-        make(temporary)
-        files = sorted(p for p in temporary.rglob("*") if p.is_file())
-        hashes = {str(p.relative_to(temporary)): file_hash(p) for p in files}
-        write_json(temporary / MANIFEST, about | {"files": hashes})
-        for file in files:
-            _sync(file)
-        _sync(temporary)
-        temporary.rename(path)
-        _sync(path.parent)
+        with lease.held(_lease_of(temporary)):
+            temporary.mkdir()
+            make(temporary)
+            _seal(temporary, about)
+            _move(temporary, path)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if any(sign in str(error) for sign in FULL):
             raise OSError(errno.ENOSPC, "No space left on device", str(path)) from error
         raise
+
+
+def _lease_of(temporary: Path) -> Path:
+    """Held by whoever is writing the directory `temporary`."""
+    return temporary.with_name(f"{temporary.name}.lease")
+
+
+def _clear_leftovers(path: Path) -> None:
+    """Take away what processes that were killed have left of `path`, on any host."""
+    for found in path.parent.glob(f".{path.name}.tmp-*"):
+        temporary = found.with_name(found.name.removesuffix(".lease"))
+        if not lease.alive(_lease_of(temporary)):
+            shutil.rmtree(temporary, ignore_errors=True)
+            _lease_of(temporary).unlink(missing_ok=True)
+
+
+def _seal(folder: Path, about: dict) -> None:
+    """Hash every file into the manifest and bring all to the disk."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    hashes = {str(p.relative_to(folder)): file_hash(p) for p in files}
+    write_json(folder / MANIFEST, about | {"files": hashes})
+    for file in files:
+        _sync(file)
+    _sync(folder)
+
+
+def _move(temporary: Path, path: Path) -> None:
+    """Give the directory its name, unless a finished one has it."""
+    try:
+        temporary.rename(path)
+    except OSError:
+        if not (path / MANIFEST).is_file():
+            raise
+        shutil.rmtree(temporary)
+        verify(path)
+    _sync(path.parent)
 
 
 def verify(path: Path) -> dict:
@@ -136,16 +167,21 @@ class Store:
             processes.wait(path.exists)
             verify(path)
             return path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.parent / f".{path.name}.lock"):
-            found = path.exists()
-            if found:
-                verify(path)
-            else:
-                made = datetime.now(UTC).isoformat(timespec="seconds")
-                with processes.alone():
-                    write_directory(
-                        path, make, {"kind": kind, "name": name, "spec": spec, "made": made}
-                    )
-        self.used[str(path)] = "reused" if found else "made"
+        made = not path.exists() and self._make(
+            path, make, {"kind": kind, "name": name, "spec": spec}
+        )
+        if not made:
+            verify(path)
+        self.used[str(path)] = "made" if made else "reused"
         return path
+
+    def _make(self, path: Path, make: Callable[[Path], None], about: dict) -> bool:
+        """Make it, or wait until whoever came first has; whether it was us."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with lease.held(path.parent / f".{path.name}.lease"):
+            if path.exists():
+                return False
+            now = datetime.now(UTC).isoformat(timespec="seconds")
+            with processes.alone():
+                write_directory(path, make, about | {"made": now})
+        return True

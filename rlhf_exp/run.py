@@ -9,7 +9,8 @@ import json
 import logging
 import platform
 import subprocess
-from functools import cached_property
+from datetime import UTC, datetime
+from functools import cache, cached_property
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 
 from rlhf_exp import __version__, frozen, precision, processes
-from rlhf_exp.artifacts import Store, fingerprint, write_directory, write_json
+from rlhf_exp.artifacts import Store, write_directory, write_json
 from rlhf_exp.choices import require
 from rlhf_exp.config import build, last_hardware
 from rlhf_exp.data.rows import Dataset
@@ -29,6 +30,7 @@ from rlhf_exp.policy import Policy
 from rlhf_exp.reference import Reference
 from rlhf_exp.report.text import ROWS, as_table, model_card
 from rlhf_exp.rewards import Fitting
+from rlhf_exp.runs import config_fingerprint
 from rlhf_exp.samplers import Sampler
 from rlhf_exp.samplers.local import Local
 from rlhf_exp.tracking import Log
@@ -43,37 +45,26 @@ NO_POLICY = {"prepare", "merge", "export"}  # need no policy of this config
 ALONE = ("prepare", "generate", "merge", "evaluate", "export")  # done by the main process
 
 
-def config_fingerprint(config: dict[str, Any]) -> str:
-    """Names a run by what decides its outcome; where files lie and who is told does not."""
-    return fingerprint(
-        {
-            k: v
-            for k, v in config.items()
-            if k not in ("artifacts", "tracker", "resume", "show_every")
-        }
-    )
-
-
 def describe(config: dict[str, Any]) -> dict[str, Any]:
     """What run.json says before the run has done anything."""
+    return {
+        "fingerprint": config_fingerprint(config),
+        "seed": config["seed"],
+        "config": config,
+    } | _circumstances()
+
+
+@cache
+def _circumstances() -> dict[str, Any]:
+    """Versions, revision and machine."""
     root = Path(__file__).parent.parent
     git = subprocess.run(
         ["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True
     )
     packages = (
-        "torch",
-        "transformers",
-        "trl",
-        "peft",
-        "accelerate",
-        "datasets",
-        "hydra-core",
-        "omegaconf",
-    )
+        "torch", "transformers", "trl", "peft", "accelerate", "datasets", "hydra-core", "omegaconf",
+    )  # fmt: skip
     return {
-        "fingerprint": config_fingerprint(config),
-        "seed": config["seed"],
-        "config": config,
         "versions": {"rlhf_exp": __version__, "python": platform.python_version()}
         | {p: metadata.version(p) for p in packages},
         "git": git.stdout.strip() or None,
@@ -161,7 +152,11 @@ class Stages:
             logger.info("stage %s", name)
             stage = getattr(self, f"run_{name}")
             processes.first(stage) if name in ALONE else stage()
-        write_json(self.directory / "run.json", self.about | {"artifacts": self.store.used})
+        done = {
+            "artifacts": self.store.used,
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        write_json(self.directory / "run.json", self.about | done)
 
     # ---- what stages hand over
 

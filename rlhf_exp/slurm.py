@@ -222,10 +222,8 @@ class Slurm(Sweeping):
             return "ended" if handle.done() else "running"
         if queue is None:  # it did not answer
             return "running"
-        state = queue.get(handle.job_id, "")
-        if state.startswith(runs.WAITING):
-            return "queued"
-        return "running" if state.startswith(runs.WORKING) else "ended"
+        state = queue.get(handle.job_id, "gone").split()[0]
+        return "queued" if state in runs.QUEUED else "running" if state in runs.RUNNING else "ended"
 
     def _settled(self, directory: Path, told: str) -> bool:
         """Whether nothing more can come of a job: it left, and a shared file system shows why."""

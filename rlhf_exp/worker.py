@@ -82,7 +82,7 @@ def asked_of(directory: Path) -> dict[str, Any]:
         )
     try:
         about = json.loads((directory / "run.json").read_text())
-        _ = about["config"].keys()
+        _ = about["config"].keys(), about["fingerprint"]
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(
             f"resume={directory}: its run.json is damaged, so nothing can be resumed"
@@ -107,9 +107,9 @@ def resume(directory: Path, arguments: Sequence[str] = ()) -> None:
         node = overridden("hardware", node, arguments)
     hardware = build(node, "hardware") if node is not None else None
     os.environ.update(hardware.env() if hardware is not None else {})
-    from rlhf_exp.runs import config_fingerprint
+    from rlhf_exp.runs import genuine
 
-    if hardware is None or about.get("fingerprint") != config_fingerprint(config):
+    if hardware is None or not genuine(about):
         raise ValueError(
             f"resume={directory}: run.json was edited or comes from elsewhere (its fingerprint "
             "does not fit)"

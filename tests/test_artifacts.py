@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -35,8 +36,8 @@ def refuse(folder: Path) -> None:
 
 
 def visible(folder: Path) -> list[str]:
-    """Everything under `folder` but the locks."""
-    return sorted(p.name for p in folder.rglob("*") if not p.name.endswith(".lock"))
+    """Everything under `folder`."""
+    return sorted(p.name for p in folder.rglob("*"))
 
 
 @pytest.fixture
@@ -150,6 +151,39 @@ def test_leftovers_of_a_killed_process_are_cleared(tmp_path: Path) -> None:
     verify(path)
 
 
+def test_what_somebody_elsewhere_is_writing_stays(tmp_path: Path) -> None:
+    theirs, dead = tmp_path / ".name-1.tmp-aa", tmp_path / ".name-1.tmp-bb"
+    for folder in (theirs, dead):
+        folder.mkdir()
+        folder.with_name(f"{folder.name}.lease").write_text(
+            "filelock/2\npid=1\nhost=node7\nmode=lease\ntoken=00\nduration=120.0\n"
+        )
+    os.utime(tmp_path / ".name-1.tmp-bb.lease", (0, 0))  # stood still for long
+    write_directory(tmp_path / "name-1", make_two_files, {})
+    left = {p.name for p in tmp_path.iterdir()}
+    assert left == {"name-1", theirs.name, f"{theirs.name}.lease"}
+
+
+def test_a_finished_directory_that_appeared_meanwhile_stays(tmp_path: Path) -> None:
+    path = tmp_path / "name-1"
+
+    def make(folder: Path) -> None:
+        write_directory(path, lambda f: (f / "first").write_text("theirs"), {"by": "them"})
+        make_two_files(folder)
+
+    write_directory(path, make, {"by": "us"})
+    assert verify(path)["by"] == "them"
+    assert visible(tmp_path) == [MANIFEST, "first", "name-1"]
+
+
+def test_a_half_written_directory_is_not_taken_for_a_finished_one(tmp_path: Path) -> None:
+    (tmp_path / "name-1").mkdir()
+    (tmp_path / "name-1" / "half").write_text("ha")
+    with pytest.raises(OSError, match="not empty"):
+        write_directory(tmp_path / "name-1", make_two_files, {})
+    assert visible(tmp_path) == ["half", "name-1"]
+
+
 # ------------------------------------------------------------------------------------------ damage
 
 
@@ -214,3 +248,16 @@ def test_two_processes_at_once_make_it_once(tmp_path: Path) -> None:
     assert [worker.returncode for worker in workers] == [0, 0]
     assert said == ["made", "reused"]
     assert (tmp_path / "log").read_text() == "made\n"
+
+
+def test_what_a_killed_process_began_is_made_by_the_next(tmp_path: Path) -> None:
+    script = MAKE_ONCE.replace("time.sleep(0.3)", "os.kill(os.getpid(), 9)").replace("< 2", "< 1")
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    killed = subprocess.run([sys.executable, "-c", script, str(tmp_path)], env=env, timeout=60)
+    assert killed.returncode == -9
+    kind = tmp_path / "artifacts" / "kind"
+    assert len(list(kind.iterdir())) == 3  # a lease, half a directory and its lease
+    started = time.monotonic()
+    path = Store(tmp_path / "artifacts").get("kind", "name", {"lr": 0.1}, make_two_files)
+    assert time.monotonic() - started < 5
+    assert list(kind.iterdir()) == [path]
