@@ -132,8 +132,11 @@ def until(done: Callable[[], object], patience: float = 60, *, strict: bool = Tr
 
 
 def _free_ports() -> tuple[int, int, int]:
-    """Three ports that nobody uses now, the last two beside each other."""
-    for base in range(36_800, 60_000, 10):
+    """Three ports that nobody uses now, the last two beside each other; others for each worker of
+    the tests.
+    """
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    for base in range(20_000 + 500 * worker, 20_500 + 500 * worker, 10):
         sockets = []
         try:
             for port in (base, base + 1, base + 2):

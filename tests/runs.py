@@ -63,7 +63,7 @@ def inside(directory: Path, *overrides: object) -> int:
     with initialize_config_dir(str(conf_directory()), version_base="1.3"):
         config = compose("config", overrides=[str(o) for o in overrides])
     directory.mkdir(parents=True, exist_ok=True)
-    return logged(lambda: run(config, directory, isolated=False))
+    return logged(lambda: run(config, directory))
 
 
 def logged(call: Any) -> int:
