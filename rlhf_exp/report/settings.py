@@ -1,0 +1,135 @@
+"""In which settings runs differ: as their sweep was told, or as comparing their configs shows."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from rlhf_exp.runs import NO_MATTER, Run
+
+SEED = "seed"
+UNKNOWN = "-"
+GROUPS = {"gold": "reward@gold", "sft": "algo@sft"}  # nodes whose option is chosen by another name
+Settings = dict[str, str]
+
+
+def differing(jobs: Sequence[Run]) -> list[Settings]:
+    """The settings in which the jobs differ, of each job, by name and as short text; the seed last.
+
+    The overrides of a sweep say it in the words of the command line, if they tell all jobs apart
+    whose fingerprints differ; otherwise the configs are compared, and an option is shown by its
+    class.
+    """
+    told = _by_override(jobs)
+    different = len({tuple(settings.items()) for settings in told})
+    if different < len({job.fingerprint for job in jobs}):
+        told = _by_config(jobs)
+    names = sorted(told[0] if told else (), key=lambda name: name == SEED)
+    return [{name: settings[name] for name in names} for settings in told]
+
+
+def short(names: Sequence[str]) -> list[str]:
+    """The last part of each name, unless that is ambiguous."""
+    parts = [name.rsplit(".", 1)[-1] for name in names]
+    return [p if parts.count(p) == 1 else name for p, name in zip(parts, names, strict=True)]
+
+
+def without_seed(settings: Settings) -> Settings:
+    """What the seeds of a setting have in common."""
+    return {name: text for name, text in settings.items() if name != SEED}
+
+
+def label(settings: Settings) -> str:
+    """On one line."""
+    names = short(list(settings))
+    return ", ".join(f"{n}={text}" for n, text in zip(names, settings.values(), strict=True))
+
+
+def _by_override(jobs: Sequence[Run]) -> list[Settings]:
+    given = [dict(map(_parted, job.overrides)) for job in jobs]
+    names = dict.fromkeys(name for overrides in given for name in overrides)
+    columns = {
+        name: [
+            overrides.get(name) or _configured(job.config, name)
+            for overrides, job in zip(given, jobs, strict=True)
+        ]
+        for name in names
+    }
+    return _settings(columns, len(jobs))
+
+
+def _parted(override: str) -> tuple[str, str]:
+    name, _, text = override.lstrip("+").partition("=")
+    return name, _number(text.strip("'\""))
+
+
+def _configured(config: dict[str, Any], name: str) -> str:
+    """What the config has where no override says it."""
+    node: Any = config
+    for part in name.split("."):
+        if not isinstance(node, dict) or part not in node:
+            return UNKNOWN
+        node = node[part]
+    return _shown(node)
+
+
+def _by_config(jobs: Sequence[Run]) -> list[Settings]:
+    columns: dict[str, list[str]] = {}
+
+    def compare(nodes: dict[int, Any], name: str) -> None:
+        """Look for differences between the values that jobs, by index, have at `name`."""
+        groups: dict[Any, dict[int, Any]] = {}
+        for i, node in nodes.items():
+            groups.setdefault(_kind(node), {})[i] = node
+        if len(groups) > 1:
+            column = columns.setdefault(GROUPS.get(name, name), [UNKNOWN] * len(jobs))
+            for i, node in nodes.items():
+                column[i] = _shown(node)
+        for group in groups.values():
+            if isinstance(next(iter(group.values())), dict):
+                for key in dict.fromkeys(key for node in group.values() for key in node):
+                    inner = {i: node[key] for i, node in group.items() if key in node}
+                    compare(inner, f"{name}.{key}" if name else key)
+
+    configs = {i: job.config for i, job in enumerate(jobs) if job.config}
+    compare({i: {k: c[k] for k in c if k not in NO_MATTER} for i, c in configs.items()}, "")
+    outer_first = sorted(columns, key=lambda name: name.count("."))
+    return _settings({name: columns[name] for name in outer_first}, len(jobs))
+
+
+def _kind(node: Any) -> Any:
+    """Equal for values whose difference lies within them, or that do not differ."""
+    if isinstance(node, dict):
+        return "object", node.get("_target_")
+    return json.dumps(node)
+
+
+def _settings(columns: dict[str, list[str]], count: int) -> list[Settings]:
+    """The columns that are not the same all over, nor follow the seed, by job."""
+    seeds = columns.get(SEED, [])
+
+    def follows(column: list[str]) -> bool:
+        known = [(text, seed) for text, seed in zip(column, seeds, strict=False) if text != UNKNOWN]
+        return len(set(known)) > 1 and all(text == seed for text, seed in known)
+
+    kept = {
+        name: column
+        for name, column in columns.items()
+        if len(set(column)) > 1 and (name == SEED or not follows(column))
+    }
+    return [{name: column[i] for name, column in kept.items()} for i in range(count)]
+
+
+def _shown(node: Any) -> str:
+    if isinstance(node, dict) and "_target_" in node:
+        return node["_target_"].rsplit(".", 1)[-1]
+    if isinstance(node, str):
+        return node
+    return _number(json.dumps(node, separators=(",", ":")).replace('"', ""))
+
+
+def _number(text: str) -> str:
+    """A number to four digits, other text as it is."""
+    try:
+        return text if len(text) <= 7 else f"{float(text):.4g}"
+    except ValueError:
+        return text
