@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from rlhf_exp import processes, runs
 from rlhf_exp.artifacts import write_json
 from rlhf_exp.config import build, check, check_node, conf_directory, resolved
 from rlhf_exp.hardware.launch import handling, start
+from rlhf_exp.report import sweep
 
 logger = logging.getLogger(__name__)
 
@@ -74,8 +75,13 @@ class Job:
     told: dict[str, Any] = field(default_factory=dict)  # of it, what the run is told
     fingerprint: str = ""
     directory: Path | None = None
-    state: str = "missing"
+    run: runs.Run | None = None  # that was found
     error: Exception | None = None
+
+    @property
+    def state(self) -> str:
+        """What became of it before."""
+        return self.run.state if self.run is not None else "missing"
 
     @property
     def needed(self) -> bool:
@@ -151,7 +157,7 @@ class Sweeping(Launcher):
         jobs = [self._job(list(o), n) for n, o in enumerate(job_overrides, initial_job_idx)]
         self._find(jobs, folder)
         if self.config.sweep == "status":
-            print(self._table(jobs))
+            print(sweep.show([_as_run(job) for job in jobs]))
             _tidy(folder)
             return [_returned(job, None) for job in jobs]
         todo = self._first_of_each(jobs)
@@ -192,7 +198,7 @@ class Sweeping(Launcher):
             if job.error is not None:
                 continue
             if found := known.get(job.fingerprint):
-                job.directory, job.state = found.directory, found.state
+                job.directory, job.run = found.directory, found
             elif job.fingerprint in chosen:
                 job.directory = chosen[job.fingerprint]
             else:
@@ -244,7 +250,7 @@ class Sweeping(Launcher):
             {
                 "number": job.number,
                 "overrides": list(filter_overrides(job.overrides)),
-                "directory": str(job.directory) if job.directory else None,
+                "directory": str(job.directory or folder / str(job.number)),
                 "fingerprint": job.fingerprint,
                 "error": str(job.error) if job.error else None,
             }
@@ -265,15 +271,22 @@ class Sweeping(Launcher):
             return ValueError(f"{job.directory}: {run.error}")
         return outcome(job.directory, job.plain)
 
-    def _table(self, jobs: list[Job]) -> str:
-        from rlhf_exp.report import sweep
-
-        return sweep.show(jobs)
-
     def _report(self, folder: Path) -> None:
-        from rlhf_exp.report import sweep
+        """Table and figures of the sweep so far, beside its runs."""
+        jobs = runs.sweep(folder, self.queue())
+        sweep.write(folder, jobs)
+        print(sweep.show(jobs))
+        print(f"table and figures: {folder / 'sweep.md'}")
 
-        print(sweep.write(folder, self.queue()))
+
+def _as_run(job: Job) -> runs.Run:
+    """The job as reports take it."""
+    told = {"number": job.number, "overrides": tuple(job.overrides)}
+    if job.run is not None:
+        return replace(job.run, **told)
+    error = str(job.error) if job.error else None
+    about = {"directory": job.directory or Path(), "config": job.plain, "error": error}
+    return runs.Run(state="missing", fingerprint=job.fingerprint, **about, **told)
 
 
 def _tidy(folder: Path) -> None:

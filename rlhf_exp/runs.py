@@ -132,7 +132,8 @@ def sweep(folder: Path, queue: Queue | None = None) -> list[Run]:
 def _job(job: dict[str, Any], queue: Queue | None) -> Run:
     directory = Path(job["directory"])
     told = {"number": job["number"], "overrides": tuple(job["overrides"])}
-    missing = Run(directory=directory, state="missing", fingerprint=job["fingerprint"], **told)
+    known = {"fingerprint": job["fingerprint"], "error": job.get("error")}
+    missing = Run(directory=directory, state="missing", **known, **told)
     if not (directory / "run.json").exists():
         return missing
     try:
