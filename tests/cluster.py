@@ -133,10 +133,10 @@ def until(done: Callable[[], object], patience: float = 60, *, strict: bool = Tr
 
 def _free_ports() -> tuple[int, int, int]:
     """Three ports that nobody uses now, the last two beside each other; others for each worker of
-    the tests.
+    the tests. Runs meet at ports from 20,000 on.
     """
     worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
-    for base in range(20_000 + 500 * worker, 20_500 + 500 * worker, 10):
+    for base in range(19_000 + 200 * worker, 19_200 + 200 * worker, 10):
         sockets = []
         try:
             for port in (base, base + 1, base + 2):

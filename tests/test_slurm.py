@@ -1,4 +1,4 @@
-"""Sweeps on a real SLURM: daemons, arrays, signals, preemption; two pretended nodes on this host."""
+"""Sweeps on a real SLURM: arrays, signals, preemption; its daemons and two nodes on this host."""
 
 import json
 import os
@@ -145,7 +145,7 @@ def test_a_killed_job_is_told_of_and_goes_on_when_asked_again(
     long = ("algo.steps=8", "checkpoints.every=2", "evaluation.every=100")
     expected = command_line(
         "experiment=debug", f"artifacts={artifacts}", *long, "hydra.run.dir=whole", cwd=tmp_path
-    )  # noqa: E501
+    )
     assert expected.returncode == 0, expected.stderr
     directory = tmp_path / "sweep" / "0"
     waiting = subprocess.Popen(
@@ -158,7 +158,7 @@ def test_a_killed_job_is_told_of_and_goes_on_when_asked_again(
     )
     until(lambda: list((directory / "checkpoints").glob("step-000002*")))
     os.kill(_process_of(directory), signal.SIGKILL)
-    out, err = waiting.communicate(timeout=60)
+    _, err = waiting.communicate(timeout=60)
     assert waiting.returncode == 1, err
     assert "ended job" in err
     assert cluster.job(job_of(directory))["JobState"] == "FAILED"
@@ -184,7 +184,7 @@ def test_a_preempted_run_goes_on_and_ends_with_the_same_bytes(
     long = ("algo.steps=14", "checkpoints.every=100", "evaluation.every=100", "algo.epochs=4")
     expected = command_line(
         "experiment=debug", f"artifacts={artifacts}", *long, "hydra.run.dir=whole", cwd=tmp_path
-    )  # noqa: E501
+    )
     assert expected.returncode == 0, expected.stderr
     directory = tmp_path / "sweep" / "0"
     waiting = subprocess.Popen(
@@ -213,7 +213,7 @@ def test_a_preempted_run_goes_on_and_ends_with_the_same_bytes(
 def test_a_run_out_of_time_goes_back_into_the_queue(
     cluster: Cluster, artifacts: Path, tmp_path: Path
 ) -> None:
-    """A warning 59 seconds before the end of a minute, which SLURM rounds down to seconds of work."""
+    """Warned 15 seconds after it has begun, for which SLURM may take up to a minute more."""
     directory = tmp_path / "sweep" / "0"
     waiting = subprocess.Popen(
         command(
