@@ -370,6 +370,7 @@ class Local(Sweeping):
         assert job.directory is not None
         logger.info("#%d: %s", job.number, " ".join(filter_overrides(job.overrides)))
         print(f"run directory: {job.directory}", file=sys.stderr)
+        (job.directory / "job.json").unlink(missing_ok=True)  # of an earlier attempt under SLURM
         if self.jobs == 1:
             return {start(job.directory, {}): job}
         with (job.directory / "output.log").open("ab") as file:

@@ -61,6 +61,10 @@ class Holder:
         return f"process {self.pid} on {self.host.split('?')[0]} (since {self.since})"
 
 
+class Busy(ValueError):
+    """Somebody else works on the run."""
+
+
 @contextmanager
 def held(path: Path) -> Iterator[None]:
     """Do the block while nobody else holds `path`; wait as long as somebody does."""
@@ -140,7 +144,7 @@ def _acquire(lease: SoftFileLease, path: Path, *, patient: bool) -> None:
             continue  # it went away just now
         lives = holder.lives() if holder else None
         if not patient and (lives or (seen and found != seen)):
-            raise ValueError(
+            raise Busy(
                 f"{path.parent} is being worked on by {holder or 'another process'}: wait until it "
                 "is done, or end it"
             )

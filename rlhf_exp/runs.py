@@ -150,17 +150,16 @@ def _state(
         return "finished", None
     if lease.alive(directory / lease.RUNNING):
         return "running", None
-    known = (
-        None if queue is None else (queue.get(job.get("id", "")) or "UNKNOWN").split()[0].strip("+")
-    )
+    told = None if queue is None else queue.get(job.get("id", "")) or "UNKNOWN"
+    known = told.split()[0].strip("+") if told else None
     if job and known in QUEUED | RUNNING:
         return ("queued" if known in QUEUED else "running"), None
     if (directory / "pruned.json").exists():
         return "pruned", _given_up(_json(directory / "pruned.json"))
     if (directory / "failed.json").exists():
         return "failed", _why(_json(directory / "failed.json"))
-    if job and known:
-        return "failed", _lost(job, known)
+    if job and told:
+        return "failed", _lost(job, told)
     return "partial", None
 
 
@@ -185,7 +184,18 @@ def _lost(job: dict[str, Any], state: str) -> str:
             f"SLURM no longer knows job {job['id']}, which left no result (killed, or out of "
             f"time?); {log}"
         )
-    return f"SLURM ended job {job['id']} as {state}, and it left no result; {log}"
+    why = _last_error(Path(str(job.get("log"))))
+    return f"SLURM ended job {job['id']} as {state}{why}, and it left no result; {log}"
+
+
+def _last_error(log: Path) -> str:
+    """What srun said last of an error, such as: task 0: Killed."""
+    with suppress(OSError), log.open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL))
+        lines = file.read().decode(errors="replace").splitlines()
+        said = [line.partition("error:")[2].strip() for line in lines if "srun: error:" in line]
+        return f", {said[-1]}" if said else ""
+    return ""
 
 
 def _about(path: Path) -> dict[str, Any]:

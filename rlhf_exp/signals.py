@@ -61,17 +61,16 @@ def ended_by_signal() -> bool:
 def instead_of_leaving(code: int, *, main: bool, failed: bool) -> int:
     """Under SLURM, after a signal: requeue the job if it was the warning (the `main` process does),
     and wait to be killed. Returns the exit code, at once where nothing of this applies: no signal
-    has come, or a process of the run has `failed` and the signal only clears up.
+    has come, or a process of the run has `failed` and the signal only clears up. ValueError if the
+    job does not go back into the queue.
     """
     warned = WARNING in received or code == 128 + WARNING
-    if not requeues() or not code or failed or not (warned or received):
+    if not requeues() or not code or not (warned or received):
         return code
+    if failed:
+        return 1
     if warned and main:
-        try:
-            _requeue()
-        except ValueError as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-            return 1
+        _requeue()
     _wait_to_be_killed()
     return code
 

@@ -86,10 +86,11 @@ class Slurm(Sweeping):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"hydra.launcher.{name}={value} must be more than 0")
-        if self.signal_delay_s >= 60 * self.timeout_min:
+        least = self.signal_delay_s / 60 + 1  # the warning may come a minute early
+        if self.timeout_min <= least:
             raise ValueError(
-                f"hydra.launcher.signal_delay_s={self.signal_delay_s} warns a job before it has "
-                f"begun: give more than {self.signal_delay_s / 60:.0f} to timeout_min"
+                f"hydra.launcher.timeout_min={self.timeout_min}: SLURM would warn a job before it "
+                f"has begun; give more than {least:.0f}, or a smaller signal_delay_s"
             )
         try:
             import submitit  # noqa: F401
@@ -154,6 +155,7 @@ class Slurm(Sweeping):
     ) -> None:
         """Submit one array, and note in the run directories which jobs they became."""
         import submitit
+        from submitit.core.utils import FailedJobError
 
         nodes, tasks, gpus = needs
         env = {signals.LIMIT: str(self.max_requeues), TASKS: self.tasks}
@@ -169,7 +171,7 @@ class Slurm(Sweeping):
                 executor.update_parameters(**self._parameters(nodes, tasks, gpus))
                 directories = [str(job.directory) for job in jobs]
                 handles = executor.map_array(task, directories, [env] * len(jobs))
-            except (submitit.core.utils.FailedJobError, subprocess.CalledProcessError) as error:
+            except (FailedJobError, subprocess.CalledProcessError) as error:
                 raise ValueError(f"SLURM took no job: {_last_line(str(error))}") from None
         for job, handle in zip(jobs, handles, strict=True):
             assert job.directory is not None

@@ -139,9 +139,8 @@ class Trial:
             raise KeyboardInterrupt
         self.signalled = number
         signals.received.append(number)
-        self.log.say(
-            f"stopping after this step (signal {number}); once more stops at once, without saving"
-        )
+        again = "" if signals.requeues() else "; once more stops at once, without saving"
+        self.log.say(f"stopping after this step (signal {number}){again}")
 
 
 def seed_everything(seed: int) -> None:

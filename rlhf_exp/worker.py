@@ -24,7 +24,7 @@ from typing import Any
 
 from rlhf_exp import processes, signals
 from rlhf_exp.artifacts import write_json
-from rlhf_exp.lease import working
+from rlhf_exp.lease import Busy, working
 
 PARENT = "RLHF_EXP_PARENT"  # process id of whoever a worker is not to outlive
 FAILED, PRUNED = "failed.json", "pruned.json"
@@ -144,7 +144,8 @@ def guarded(call: Callable[[], object], directory: Path | None = None) -> int:
         if signals.ended_by_signal():
             print(f"after a signal: {sentence(error)}", file=sys.stderr)
         elif processes.first_to_fail():
-            record_failure(directory, sentence(error))
+            if not isinstance(error, Busy):  # the run itself goes on
+                record_failure(directory, sentence(error))
             if os.environ.get("RLHF_EXP_TRACEBACK") == "1":
                 raise
             print(f"error: {sentence(error)}", file=sys.stderr)
@@ -210,8 +211,14 @@ def main() -> None:
     signals.listen()
     directory = Path(sys.argv[1])
     code = guarded(lambda: carry_out(directory), directory)
-    told = processes.main(), processes.failed()
-    processes.leave(signals.instead_of_leaving(code, main=told[0], failed=told[1]))
+    try:
+        main, failed = processes.main(), processes.failed()
+        code = signals.instead_of_leaving(code, main=main, failed=failed)
+    except ValueError as error:
+        record_failure(directory, sentence(error))
+        print(f"error: {sentence(error)}", file=sys.stderr)
+        code = 1
+    processes.leave(code)
 
 
 def carry_out(directory: Path) -> None:

@@ -116,8 +116,11 @@ class Cluster:
         return dict(word.split("=", 1) for word in words if "=" in word)
 
     def restart_now(self, number: str) -> None:
-        """A requeued job waits two minutes; not here."""
+        """A requeued job waits two minutes; not here, but for a second, or SLURM takes what starts
+        for what has just been ended.
+        """
         until(lambda: self.job(number)["JobState"] == "PENDING")
+        time.sleep(1.5)
         self.run("scontrol", "update", f"JobId={number}", "StartTime=now")
 
 

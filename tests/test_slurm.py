@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,26 @@ def settings(folder: Path) -> dict[str, str]:
     lines = script.read_text().splitlines()
     told = dict(x.removeprefix("#SBATCH --").partition("=")[::2] for x in lines if "#SBATCH" in x)
     return told | {"srun": next(x for x in lines if x.startswith("srun"))}
+
+
+@contextmanager
+def watching(cwd: Path, *arguments: object) -> Iterator[subprocess.Popen[str]]:
+    """The command, while it waits for its jobs; ended with the block."""
+    process = subprocess.Popen(
+        command(*arguments), cwd=cwd, env=environment(), stderr=subprocess.PIPE, text=True
+    )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.communicate()
+
+
+def began(directory: Path, steps: int) -> bool:
+    """Whether the run has got that far."""
+    metrics = directory / "metrics.jsonl"
+    return metrics.exists() and len(metrics.read_text().splitlines()) >= steps
 
 
 def test_an_array_of_four_runs_on_artifacts_made_once(cluster: Cluster, tmp_path: Path) -> None:
@@ -148,19 +169,12 @@ def test_a_killed_job_is_told_of_and_goes_on_when_asked_again(
     )
     assert expected.returncode == 0, expected.stderr
     directory = tmp_path / "sweep" / "0"
-    waiting = subprocess.Popen(
-        command(*asked(artifacts, *long)),
-        cwd=tmp_path,
-        env=environment(),
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    until(lambda: list((directory / "checkpoints").glob("step-000002*")))
-    os.kill(_process_of(directory), signal.SIGKILL)
-    _, err = waiting.communicate(timeout=60)
+    with watching(tmp_path, *asked(artifacts, *long)) as waiting:
+        until(lambda: list((directory / "checkpoints").glob("step-000002*")))
+        os.kill(_process_of(directory), signal.SIGKILL)
+        _, err = waiting.communicate(timeout=60)
     assert waiting.returncode == 1, err
-    assert "ended job" in err
+    assert "as FAILED (NonZeroExitCode), 127.0.0.1: task 0: Killed, and it left no result" in err
     assert cluster.job(job_of(directory))["JobState"] == "FAILED"
 
     done = command_line(*asked(artifacts, *long), cwd=tmp_path)
@@ -187,56 +201,49 @@ def test_a_preempted_run_goes_on_and_ends_with_the_same_bytes(
     )
     assert expected.returncode == 0, expected.stderr
     directory = tmp_path / "sweep" / "0"
-    waiting = subprocess.Popen(
-        command(*asked(artifacts, *long, "hydra.launcher.partition=low")),
-        cwd=tmp_path,
-        env=environment(),
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    metrics = directory / "metrics.jsonl"
-    until(lambda: metrics.exists() and len(rows(metrics)) >= 3)
-    urgent = ["sbatch", "-p", "high", "-N2", "--exclusive", "--wrap", "sleep 2", "-o", "/dev/null"]
-    cluster.run(*urgent)
-    job = job_of(directory)
-    until(lambda: cluster.job(job)["JobState"] == "PENDING")
-    assert len(list((directory / "checkpoints").glob("step-*"))) == 1
-    assert "goes back into the queue (1 of 20)" in log_of(directory)
-    cluster.restart_now(job)
-    _, err = waiting.communicate(timeout=120)
+    with watching(tmp_path, *asked(artifacts, *long)) as waiting:
+        until(lambda: began(directory, 3))
+        job = job_of(directory)
+        urgent = ("-p", "high", "-N2", "--exclusive", "--wrap", "sleep 2", "-o", "/dev/null")
+        cluster.run("sbatch", *urgent)
+        until(lambda: cluster.job(job)["JobState"] == "PENDING")
+        assert len(list((directory / "checkpoints").glob("step-*"))) == 1
+        assert "goes back into the queue (1 of 20)" in log_of(directory)
+        cluster.restart_now(job)
+        _, err = waiting.communicate(timeout=120)
     assert waiting.returncode == 0, err
     assert cluster.job(job)["Restarts"] == "1"
     assert weights(directory) == weights(tmp_path / "whole")
-    assert timeless(metrics) == timeless(tmp_path / "whole" / "metrics.jsonl")
+    assert timeless(directory / "metrics.jsonl") == timeless(tmp_path / "whole" / "metrics.jsonl")
 
 
 def test_a_run_out_of_time_goes_back_into_the_queue(
     cluster: Cluster, artifacts: Path, tmp_path: Path
 ) -> None:
-    """Warned 15 seconds after it has begun, for which SLURM may take up to a minute more."""
+    """As often as it may; its time is cut short while it works."""
+    many = ("algo.steps=1000", "checkpoints.every=1000", "evaluation.every=1000")
+    given = ("hydra.launcher.signal_delay_s=45", "hydra.launcher.max_requeues=1")
     directory = tmp_path / "sweep" / "0"
-    waiting = subprocess.Popen(
-        command(
-            *asked(artifacts, "algo.steps=400", "checkpoints.every=1000", "evaluation.every=1000"),
-            "hydra.launcher.timeout_min=1",
-            "hydra.launcher.signal_delay_s=45",
-            "hydra.launcher.max_requeues=1",
-        ),
-        cwd=tmp_path,
-        env=environment(),
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    until(lambda: (directory / "job.json").exists())
-    job = job_of(directory)
-    until(lambda: cluster.job(job)["Restarts"] == "1", patience=90)
-    cluster.restart_now(job)
-    _, err = waiting.communicate(timeout=120)
+    with watching(tmp_path, *asked(artifacts, *many), *given) as waiting:
+        until(lambda: began(directory, 3))
+        job = job_of(directory)
+        cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=1")
+        until(lambda: cluster.job(job)["JobState"] == "PENDING")
+        [first] = (directory / "checkpoints").glob("step-*")
+        done = len(rows(directory / "metrics.jsonl"))
+        cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=10")
+        cluster.restart_now(job)
+        until(lambda: began(directory, done + 2))
+        cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=1")
+        _, err = waiting.communicate(timeout=120)
     assert waiting.returncode == 1
     assert "was requeued 1 times already (hydra.launcher.max_requeues=1)" in err
-    assert json.loads((directory / "failed.json").read_text())["rank"] == 0
-    first, second = sorted((directory / "checkpoints").glob("step-*"))[-2:]
-    assert first.name < second.name  # each time of work got further
+    assert "was requeued 1 times" in json.loads((directory / "failed.json").read_text())["error"]
+    second = max((directory / "checkpoints").glob("step-*"))
+    assert second.name > first.name  # it had gone on from there
+    assert [r["step"] for r in rows(directory / "metrics.jsonl") if "reward/proxy" in r] == list(
+        range(int(second.name.removeprefix("step-")))
+    )
 
 
 def test_more_points_than_an_array_holds_are_taken_in_chunks(
