@@ -4,7 +4,6 @@ Nothing heavy is imported before the config is known to be sound, so --help and 
 once.
 """
 
-import json
 import os
 import sys
 from datetime import datetime
@@ -21,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rlhf_exp import processes
 from rlhf_exp.choices import require
 from rlhf_exp.config import build, check, conf_directory, explain, resolved
+from rlhf_exp.objective import outcome
 from rlhf_exp.worker import guarded
 
 # of a process that shares its run with the main one: no .hydra, no log of Hydra's
@@ -32,7 +32,7 @@ SWEEPS = (
 
 
 @hydra.main(version_base="1.3", config_path=str(conf_directory()), config_name="config")
-def main(config: DictConfig) -> float | None:
+def main(config: DictConfig) -> float | list[float] | None:
     """One job: returns the objective, so that a sweeper can optimise it."""
     sweep = HydraConfig.get().mode == RunMode.MULTIRUN
     directory = Path(HydraConfig.get().runtime.output_dir)
@@ -42,10 +42,7 @@ def main(config: DictConfig) -> float | None:
         raise ValueError(SWEEPS)
     if sweep:
         run(config, directory, isolated=True)
-    result = directory / "summary.json"
-    if not result.exists():
-        return None
-    return json.loads(result.read_text())[config.objective]["after"]["mean"]
+    return outcome(directory, resolved(config)["objective"])
 
 
 def run(config: DictConfig, directory: Path, *, isolated: bool) -> None:

@@ -18,6 +18,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rlhf_exp.choices import nearest
+from rlhf_exp.pruning import Pruning
 
 
 @dataclass
@@ -27,9 +28,10 @@ class Root:
     stages: list[str]
     seed: int
     artifacts: str
-    objective: str
+    objective: Any
     show_every: int | None
     resume: str | None
+    pruning: Pruning | None
     plan: Any  # true, false or force
     planning: Any
     data: Any
@@ -68,7 +70,7 @@ def check(config: DictConfig) -> None:
     """
     settled = config.copy()
     OmegaConf.resolve(settled)
-    _check_fields(settled, Root, "")
+    check_fields(settled, Root, "")
     _check(settled, "")
 
 
@@ -93,10 +95,10 @@ def _check_node(node: DictConfig, key: str) -> None:
     except Exception as error:
         raise ValueError(f"{key}._target_={node._target_} cannot be imported ({error})") from None
     if is_dataclass(schema):
-        _check_fields(node, schema, f"{key}.")
+        check_fields(node, schema, f"{key}.")
 
 
-def _check_fields(node: DictConfig, schema: Any, prefix: str) -> None:
+def check_fields(node: DictConfig, schema: Any, prefix: str) -> None:
     """Compare keys and types of `node` with the fields of the dataclass `schema`."""
     values = {str(k): v for k, v in node.items() if k != "_target_"}
     known = [f.name for f in fields(schema) if f.init]

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_exp.processes import FAILED, PREFIX, WorkerFailed
+from rlhf_exp.pruning import EXIT_CODE
 
 GRACE = 5.0  # seconds between asking a worker to end at once and killing it
 HANDED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -98,10 +99,10 @@ def _start(directory: Path, env: dict[str, str]) -> Worker:
 
 
 def _wait(workers: list[Worker], received: list[int]) -> int | None:
-    """Until all have ended well, or stopped after a signal; else the first that has not."""
+    """Until all have ended well, gave up or stopped after a signal; else the first that has not."""
     while True:
         codes = [worker.poll() for worker in workers]
-        fine = {None, 0} | {code for n in received for code in (128 + n, 130, -n)}
+        fine = {None, 0, EXIT_CODE} | {code for n in received for code in (128 + n, 130, -n)}
         for rank, code in enumerate(codes):
             if code not in fine:
                 return rank
