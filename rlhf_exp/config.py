@@ -80,7 +80,8 @@ def _check(value: Any, key: str) -> None:
             _check(value[i], f"{key}[{i}]")
     if not isinstance(value, DictConfig):
         return
-    for name in map(str, value):
+    names: list[Any] = list(value)  # numbers, in a table
+    for name in names:
         inner = f"{key}.{name}" if key else name
         if OmegaConf.is_missing(value, name):
             raise ValueError(f"{inner} has no default and must be given: add {inner}=<value>")
@@ -226,7 +227,7 @@ def _keys_beside(key: str, arguments: list[str]) -> list[str]:
     ]
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(conf_directory()), version_base="1.3"):
-        node: Any = compose("config", overrides=chosen)
+        node: Any = compose("config", overrides=chosen, return_hydra_config=True)
     parent = key.rpartition(".")[0]
     while parent and not isinstance(OmegaConf.select(node, parent), DictConfig):
         parent = parent.rpartition(".")[0]

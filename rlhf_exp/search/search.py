@@ -83,7 +83,7 @@ class Search:
         sampler = self.settings.sampler or file.sampler
         points = grid(self.space) if sampler == "grid" else []
         total = min(self.settings.n_trials, len(points) or self.settings.n_trials)
-        self.settings.build_sampler(sampler, 0)  # its settings are wrong now or never
+        self.settings.check_sampler(sampler, self.objective.directions, self.space)
         study = open_study(
             storage=self.settings.storage,
             name=self.settings.study_name or file.name or "search",
@@ -98,7 +98,7 @@ class Search:
     def _space(self, file: SweepFile, arguments: list[str]) -> tuple[list[str], Space]:
         """Overrides that stay and the space, of the file, then `params`, then the command line."""
         lines = file.fixed + ([f"objective={file.objective}"] if file.objective else [])
-        lines += [f"{key}={value}" for key, value in self.settings.params.items()]
+        lines += [f"{key}={value}" for key, value in (self.settings.params or {}).items()]
         overrides = self.parse(lines + arguments)
         given = {o.get_key_element().lstrip("+") for o in overrides}
         fixed, space = split(overrides)

@@ -27,6 +27,7 @@ from optuna.distributions import (
 
 WORD = re.compile(r"[A-Za-z_][\w./-]*")
 NOT_WORDS = {"null", "true", "false", "nan", "inf"}  # quoted, or they would be values
+DIGITS = 12  # after the point, of multiples of a step
 KINDS = "interval(low,high), range(start,stop), choice(a,b) or tag(log,...)"
 
 
@@ -78,6 +79,8 @@ def between(
         raise ValueError(f"{low} is above {high}")
     if whole:
         return IntDistribution(int(low), int(high), log=log, step=step or 1)
+    if step is not None:
+        low, high = round(low, DIGITS), round(high, DIGITS)
     return FloatDistribution(float(low), float(high), log=log, step=step)
 
 
@@ -129,4 +132,4 @@ def _values(key: str, distribution: BaseDistribution) -> Sequence[Any]:
             f"a grid has no end over the continuous {key}: list its values with choice(...), or "
             "give another hydra.sweeper.sampler"
         )
-    return [low + i * step for i in range(round((high - low) / step) + 1)]
+    return [round(low + i * step, DIGITS) for i in range(round((high - low) / step) + 1)]
