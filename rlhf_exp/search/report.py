@@ -13,6 +13,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from rlhf_exp.artifacts import write_json, write_text
+from rlhf_exp.report.text import ROWS
 from rlhf_exp.search.study import WHY, complete, concluded
 
 NOTES = {TrialState.PRUNED: "gave up", TrialState.FAIL: "failed"}
@@ -129,13 +130,13 @@ def _history(axes: Any, study: Study, names: Sequence[str]) -> None:
     axes.step(numbers, best, where="post", color=PROXY, label="best so far")
     for state, mark, label in (
         (TrialState.PRUNED, "v", "gave up"),
-        (TrialState.FAIL, "x", "failed"),
+        (TrialState.FAIL, "x", "failed (no value)"),
     ):
         there = [t for t in concluded(study) if t.state == state]
         known = [t.value if t.value is not None else min(values) for t in there]
         if there:
             axes.plot([t.number for t in there], known, mark, color=GREY, label=label)
-    axes.set(xlabel="trial", ylabel=names[0])
+    axes.set(xlabel="trial", ylabel=ROWS.get(names[0], names[0]))
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(frameon=False)
 
@@ -151,5 +152,6 @@ def _frontier(axes: Any, study: Study, names: Sequence[str]) -> None:
     axes.plot(x, y, "o-", color=PROXY, label="Pareto front (numbers are trials)")
     for trial, across, up in zip(front, x, y, strict=True):
         axes.annotate(str(trial.number), (across, up), xytext=(4, -11), textcoords="offset points")
-    axes.set(xlabel=names[1], ylabel=names[0])
+    axes.set(xlabel=ROWS.get(names[1], names[1]), ylabel=ROWS.get(names[0], names[0]))
+    axes.margins(y=0.12)  # room for the numbers
     axes.legend(frameon=False)
