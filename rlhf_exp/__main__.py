@@ -21,7 +21,8 @@ from omegaconf.errors import OmegaConfBaseException
 from rlhf_exp import processes
 from rlhf_exp.choices import require
 from rlhf_exp.config import build, conf_directory, explain, resolved
-from rlhf_exp.launching import SWEEPS, UNSAID, asked, outcome, write_down
+from rlhf_exp.launching import SWEEPS, UNSAID, asked, write_down
+from rlhf_exp.objective import outcome
 from rlhf_exp.worker import guarded
 
 # of a process that shares its run with the main one: no .hydra, no log of Hydra's
@@ -33,14 +34,14 @@ def main(config: DictConfig) -> Any:
     """One run: returns the objective. The jobs of a sweep are the launcher's."""
     hydra_config = HydraConfig.get()
     directory = Path(hydra_config.runtime.output_dir)
-    require(config.sweep, ("run", "status"), "sweep")
     _check_groups(hydra_config.runtime.choices, hydra_config.mode == RunMode.MULTIRUN)
+    require(config.sweep, ("run", "status"), "sweep")
     if config.sweep == "status":
         print(status(Path(config.runs)))
         return None
     if code := guarded(lambda: run(config, directory), directory):
         processes.leave(code)
-    return outcome(directory, resolved(config))
+    return outcome(directory, resolved(config)["objective"])
 
 
 def _check_groups(chosen: dict[str, str], sweep: bool) -> None:

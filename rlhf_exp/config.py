@@ -18,6 +18,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rlhf_exp.choices import nearest
+from rlhf_exp.pruning import Pruning
 
 
 @dataclass
@@ -27,9 +28,10 @@ class Root:
     stages: list[str]
     seed: int
     artifacts: str
-    objective: str
+    objective: Any
     show_every: int | None
     resume: str | None
+    pruning: Pruning | None
     plan: Any  # true, false or force
     planning: Any
     runs: str
@@ -74,7 +76,7 @@ def check(config: DictConfig) -> None:
     """
     settled = config.copy()
     OmegaConf.resolve(settled)
-    _check_fields(settled, Root, "")
+    check_fields(settled, Root, "")
     _check(settled, "")
 
 
@@ -84,7 +86,8 @@ def _check(value: Any, key: str) -> None:
             _check(value[i], f"{key}[{i}]")
     if not isinstance(value, DictConfig):
         return
-    for name in map(str, value):
+    names: list[Any] = list(value)  # numbers, in a table
+    for name in names:
         inner = f"{key}.{name}" if key else name
         if OmegaConf.is_missing(value, name):
             raise ValueError(f"{inner} has no default and must be given: add {inner}=<value>")
@@ -103,11 +106,11 @@ def check_node(node: DictConfig, key: str) -> None:
         return
     content = f"{key} {OmegaConf.to_container(node)}"
     if content not in _sound:
-        _check_fields(node, schema, f"{key}.")
+        check_fields(node, schema, f"{key}.")
         _sound.add(content)
 
 
-def _check_fields(node: DictConfig, schema: Any, prefix: str) -> None:
+def check_fields(node: DictConfig, schema: Any, prefix: str) -> None:
     """Compare keys and types of `node` with the fields of the dataclass `schema`."""
     values = {str(k): v for k, v in node.items() if k != "_target_"}
     known = {f.name: f.type for f in fields(schema) if f.init}
@@ -237,8 +240,7 @@ def _keys_beside(key: str, arguments: list[str]) -> list[str]:
     ]
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(conf_directory()), version_base="1.3"):
-        of_hydra = key.startswith("hydra.")
-        node: Any = compose("config", overrides=chosen, return_hydra_config=of_hydra)
+        node: Any = compose("config", overrides=chosen, return_hydra_config=True)
     parent = key.rpartition(".")[0]
     while parent and not isinstance(OmegaConf.select(node, parent), DictConfig):
         parent = parent.rpartition(".")[0]

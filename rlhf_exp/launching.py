@@ -28,8 +28,10 @@ from omegaconf import DictConfig, OmegaConf, flag_override
 
 from rlhf_exp import processes, runs
 from rlhf_exp.artifacts import write_json
+from rlhf_exp.choices import require
 from rlhf_exp.config import build, check, check_node, conf_directory, resolved
 from rlhf_exp.hardware.launch import handling, start
+from rlhf_exp.objective import outcome
 from rlhf_exp.report import sweep
 
 logger = logging.getLogger(__name__)
@@ -153,6 +155,7 @@ class Sweeping(Launcher):
         """Do what is missing of these jobs; Hydra's sweepers call this."""
         if processes.joined():
             raise ValueError(SWEEPS)
+        require(self.config.sweep, ("run", "status"), "sweep")
         folder = Path(str(self.config.hydra.sweep.dir)).absolute()
         jobs = [self._job(list(o), n) for n, o in enumerate(job_overrides, initial_job_idx)]
         self._find(jobs, folder)
@@ -269,7 +272,7 @@ class Sweeping(Launcher):
         run = runs.read(job.directory, queue)
         if run.state == "failed":
             return ValueError(f"{job.directory}: {run.error}")
-        return outcome(job.directory, job.plain)
+        return outcome(job.directory, job.plain["objective"])
 
     def _report(self, folder: Path) -> None:
         """Table and figures of the sweep so far, beside its runs."""
@@ -298,14 +301,6 @@ def _tidy(folder: Path) -> None:
     for path in (folder, folder.parent):  # the day's, too
         with suppress(OSError):
             path.rmdir()
-
-
-def outcome(directory: Path, plain: dict[str, Any]) -> Any:
-    """The objective of the run in `directory`; None if it has none yet."""
-    result = directory / "summary.json"
-    if not result.exists():
-        return None
-    return json.loads(result.read_text())[plain["objective"]]["after"]["mean"]
 
 
 @cache

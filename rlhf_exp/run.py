@@ -27,8 +27,9 @@ from rlhf_exp.export import Export
 from rlhf_exp.hardware import Hardware
 from rlhf_exp.hardware.engine import whole
 from rlhf_exp.policy import Policy
+from rlhf_exp.pruning import Pruning
 from rlhf_exp.reference import Reference
-from rlhf_exp.report.text import ROWS, as_table, model_card
+from rlhf_exp.report.text import as_table, model_card
 from rlhf_exp.rewards import Fitting
 from rlhf_exp.runs import config_fingerprint
 from rlhf_exp.samplers import Sampler
@@ -100,7 +101,7 @@ class Stages:
         self.prepare, self.generations = built["prepare"], built["generations"]
         self.sampler: Sampler = built.get("sampler") or Local()  # older runs name none
         self.export: Export = built.get("export") or Export()
-        require(config["objective"], ROWS, "objective")
+        self.pruning = Pruning(**config["pruning"]) if config.get("pruning") else None
         if not 0 <= config["seed"] < 2**32:
             raise ValueError(f"seed={config['seed']} must be between 0 and 2**32 - 1")
         if config["show_every"] is not None and config["show_every"] < 1:
@@ -312,6 +313,7 @@ class Stages:
             ),
             pairs=lambda: self.pairs,
             labeller=self._loaded_labeller,
+            pruning=self.pruning,
             mixed_precision=self.hardware.mixed_precision,
             peak_tflops=self.hardware.peak_tflops,
         )

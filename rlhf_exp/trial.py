@@ -21,6 +21,7 @@ from rlhf_exp import processes, signals
 from rlhf_exp.checkpoints import Checkpoints, random_state, set_random_state
 from rlhf_exp.evaluation.scoring import Evaluator
 from rlhf_exp.policy import Policy, Rollouts
+from rlhf_exp.pruning import Pruned, Pruning, give_up
 from rlhf_exp.reference import Reference
 from rlhf_exp.speed import Speed
 from rlhf_exp.tracking import Log
@@ -50,6 +51,7 @@ class Trial:
     evaluator: Evaluator
     pairs: Callable[[], Path]  # preference artifact: train.jsonl and evaluation.jsonl
     labeller: Callable[[], Any]  # loaded; says which of two completions is better
+    pruning: Pruning | None = None  # when to give up
     mixed_precision: str = "no"  # what matrices are multiplied in: no, bf16 or fp16
     peak_tflops: float | None = None  # of one device, in bf16
     signalled: int = field(default=0, init=False)
@@ -98,12 +100,18 @@ class Trial:
         self.log.metrics(step, metrics)
 
     def end_step(self, step: int, policy: Policy, algorithm: Any) -> None:
-        """After `step` steps: evaluate and save when due, and stop if a signal came."""
-        improved = self.evaluator.due(step, self.steps) and self._evaluate(step, policy)
-        improved = processes.agreed(improved)
+        """After `step` steps: evaluate and save when due, and stop if a signal came or the run is
+        hopeless.
+        """
+        evaluated = self.evaluator.due(step, self.steps)
+        improved = processes.agreed(evaluated and self._evaluate(step, policy))
+        hopeless = None
+        if self.pruning is not None and evaluated and step < self.steps:
+            judge = self.pruning.verdict
+            hopeless = processes.first(lambda: judge(step, self.directory))
         due = self.checkpoints.due(step, self.steps)
         stopped = self.stopped()
-        if stopped or due or improved:
+        if stopped or due or improved or hopeless:
             with policy.whole():
                 state = {
                     "policy": policy.trainable_state(),
@@ -111,6 +119,9 @@ class Trial:
                     "random": processes.gather(random_state()),
                 }
             self.checkpoints.save(step, state, self.checkpoints.best_so_far()[0])
+        if hopeless:
+            give_up(hopeless, self.directory)
+            raise Pruned(hopeless, self.directory)
         if stopped and step < self.steps:
             raise Stopped(step, self.directory, stopped)
 

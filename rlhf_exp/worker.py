@@ -25,9 +25,10 @@ from typing import Any
 from rlhf_exp import processes, signals
 from rlhf_exp.artifacts import write_json
 from rlhf_exp.lease import Busy, working
+from rlhf_exp.pruning import EXIT_CODE
 
 PARENT = "RLHF_EXP_PARENT"  # process id of whoever a worker is not to outlive
-FAILED, PRUNED = "failed.json", "pruned.json"
+FAILED = "failed.json"
 
 
 def work(directory: Path) -> None:
@@ -36,8 +37,7 @@ def work(directory: Path) -> None:
     _quiet_libraries()
     with working(directory) if processes.main() else nullcontext():
         if processes.main():
-            for left in (FAILED, PRUNED):
-                (directory / left).unlink(missing_ok=True)
+            (directory / FAILED).unlink(missing_ok=True)
         _log_to(directory / "run.log")
         from rlhf_exp.run import Stages
 
@@ -218,7 +218,7 @@ def main() -> None:
         record_failure(directory, sentence(error))
         print(f"error: {sentence(error)}", file=sys.stderr)
         code = 1
-    processes.leave(code)
+    processes.leave(0 if code == EXIT_CODE else code)
 
 
 def carry_out(directory: Path) -> None:

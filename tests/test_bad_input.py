@@ -123,7 +123,6 @@ def test_a_sweep_over_something_wrong(tmp_path: Path) -> None:
         (["seed=abc"], ["seed", "abc"]),
         (["seed=-1"], ["seed=-1"]),
         (["show_every=0"], ["show_every=0"]),
-        (["objective=golden"], ["objective=golden", "did you mean gold?"]),
         (
             ["checkpoints.best=reward/glod"],
             ["checkpoints.best=reward/glod", "did you mean reward/gold?"],

@@ -165,12 +165,12 @@ def workers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
         )
         return started[-1]
 
-    def run(code: str, *, isolated: bool = False) -> None:
+    def run(code: str) -> None:
         start.code = code
-        launch.run_workers(tmp_path, 2, {}, isolated=isolated)
+        launch.run_workers(tmp_path, 2, {})
 
     start.code = ""
-    monkeypatch.setattr(launch, "_start", start)
+    monkeypatch.setattr(launch, "start", start)
     yield run
     assert len(started) == 2
     assert None not in [worker.returncode for worker in started]
@@ -206,14 +206,14 @@ def save(number, frame):
     time.sleep(0.6 * rank)  # a step that takes longer than that of the other
     open(f"saved-{rank}", "w").close()
     sys.exit(128 + number)
-for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
     signal.signal(number, save)
 open(f"up-{rank}", "w").close()
 time.sleep(60)
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
 def test_signals_reach_workers_which_save(workers, tmp_path: Path, number: signal.Signals) -> None:
     def interrupt() -> None:
         while len(list(tmp_path.glob("up-*"))) < 2:
@@ -223,10 +223,10 @@ def test_signals_reach_workers_which_save(workers, tmp_path: Path, number: signa
     before = signal.getsignal(number)
     thread = threading.Thread(target=interrupt)
     thread.start()
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(processes.WorkerFailed) as ended:
         workers(SAVING)
     thread.join()
-    assert ended.value.code == 128 + number
+    assert ended.value.exit_code == 128 + number
     assert (tmp_path / "saved-0").exists()
     assert (tmp_path / "saved-1").exists()
     assert signal.getsignal(number) == before

@@ -16,6 +16,7 @@ from typing import Any
 
 from rlhf_exp import signals
 from rlhf_exp.processes import FAILED, PREFIX, Node, WorkerFailed
+from rlhf_exp.pruning import EXIT_CODE
 
 GRACE = 5.0  # seconds between asking a worker to end at once and killing it
 FOREIGN = ("ACCELERATE_", "FSDP_")  # settings of a shell that would override the config
@@ -101,10 +102,10 @@ def start(directory: Path, env: dict[str, str], output: int | None = None) -> Wo
 
 
 def _wait(workers: list[Worker], received: list[int]) -> int | None:
-    """Until all have ended well, or stopped after a signal; else the first that has not."""
+    """Until all have ended well, gave up or stopped after a signal; else the first that has not."""
     while True:
         codes = [worker.poll() for worker in workers]
-        fine = {None, 0} | {code for n in received for code in (128 + n, 130, -n)}
+        fine = {None, 0, EXIT_CODE} | {code for n in received for code in (128 + n, 130, -n)}
         for rank, code in enumerate(codes):
             if code not in fine:
                 return rank
