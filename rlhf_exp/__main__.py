@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -25,6 +27,7 @@ from rlhf_exp.launching import SWEEPS, UNSAID, asked, write_down
 from rlhf_exp.objective import outcome
 from rlhf_exp.worker import guarded
 
+USUAL = {"hydra/launcher": "local", "hydra/sweeper": "grid"}
 # of a process that shares its run with the main one: no .hydra, no log of Hydra's
 QUIET = ["hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none"]
 
@@ -39,7 +42,7 @@ def main(config: DictConfig) -> Any:
     if config.sweep == "status":
         print(status(Path(config.runs)))
         return None
-    if code := guarded(lambda: run(config, directory), directory):
+    if code := guarded(lambda: run(config, directory)):
         processes.leave(code)
     return outcome(directory, resolved(config)["objective"])
 
@@ -51,8 +54,8 @@ def _check_groups(chosen: dict[str, str], sweep: bool) -> None:
             f"hydra/launcher={chosen['hydra/launcher']} starts no runs of rlhf_exp: use local or "
             "slurm"
         )
-    for group, usual in (("hydra/launcher", "local"), ("hydra/sweeper", "grid")):
-        if chosen[group] != usual:
+    for group, usual in USUAL.items():
+        if chosen[group] not in (usual, "basic"):
             raise ValueError(
                 f"{group}={chosen[group]} acts on sweeps only (one run is a sweep, too): type "
                 f"python -m rlhf_exp -m {shlex.join(sys.argv[1:])}"
@@ -117,9 +120,18 @@ def cli() -> None:
     if wanted:
         from rlhf_exp.worker import resume
 
-        directory = Path(wanted[0]).absolute()
-        processes.leave(guarded(lambda: resume(directory, others), directory))
+        processes.leave(guarded(lambda: resume(Path(wanted[0]).absolute(), others)))
     processes.leave(guarded(compose_and_run))
+
+
+def _use_our_own() -> None:
+    """Make our launcher and sweeper what Hydra takes by default, in this program. A defaults list
+    could do so, too, but experiments could not choose others then.
+    """
+    Plugins.instance()  # has Hydra's own registered first
+    for group, name in USUAL.items():
+        node = OmegaConf.load(conf_directory() / group / f"{name}.yaml")
+        ConfigStore.instance().store(group=group, name="basic", node=node, provider="rlhf_exp")
 
 
 def compose_and_run() -> None:
@@ -132,6 +144,7 @@ def compose_and_run() -> None:
         sys.argv += QUIET
     if "sweep=status" in sys.argv:
         sys.argv += QUIET if sweep else [*QUIET, "hydra.run.dir=."]
+    _use_our_own()
     now = processes.agreed(datetime.now())  # one clock for all, as they share a directory
     OmegaConf.register_new_resolver("started", now.strftime)
     try:

@@ -139,6 +139,9 @@ class Sweeping(Launcher):
     def check(self) -> None:
         """Refuse settings that make no sense, and a machine that cannot do it: ValueError."""
 
+    def check_job(self, job: Job) -> None:
+        """Refuse a job that cannot be done here, before anything is written: ValueError."""
+
     def do(self, jobs: list[Job]) -> None:
         """See to these jobs; returns when they have ended, or will do so by themselves."""
         raise NotImplementedError
@@ -186,6 +189,7 @@ class Sweeping(Launcher):
                 if isinstance(node, dict) and "_target_" in node:
                     _can_be_built(json.dumps(node, sort_keys=True), key)
             job.fingerprint = runs.config_fingerprint(job.told)
+            self.check_job(job)
         except ValueError as error:
             job.error = error
         return job

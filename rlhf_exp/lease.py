@@ -62,7 +62,7 @@ class Holder:
 
 
 class Busy(ValueError):
-    """Somebody else works on the run."""
+    """Somebody else works on the run, which is left as it is."""
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import json
 import logging
 import platform
 import subprocess
+from contextlib import suppress
 from datetime import UTC, datetime
 from functools import cache, cached_property
 from importlib import metadata
@@ -59,16 +60,17 @@ def describe(config: dict[str, Any]) -> dict[str, Any]:
 def _circumstances() -> dict[str, Any]:
     """Versions, revision and machine."""
     root = Path(__file__).parent.parent
-    git = subprocess.run(
-        ["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True
-    )
+    asked = ["git", "-C", str(root), "describe", "--always", "--dirty"]
+    revision = ""
+    with suppress(OSError):  # no git here
+        revision = subprocess.run(asked, capture_output=True, text=True).stdout.strip()
     packages = (
         "torch", "transformers", "trl", "peft", "accelerate", "datasets", "hydra-core", "omegaconf",
     )  # fmt: skip
     return {
         "versions": {"rlhf_exp": __version__, "python": platform.python_version()}
         | {p: metadata.version(p) for p in packages},
-        "git": git.stdout.strip() or None,
+        "git": revision or None,
         "machine": {
             "system": platform.platform(),
             "processor": platform.machine(),

@@ -128,17 +128,18 @@ class Slurm(Sweeping):
 
     # ---- submission
 
+    def check_job(self, job: Job) -> None:
+        self._needs(job)
+
     def _alike(self, jobs: list[Job]) -> dict[tuple[int, int, int | None], list[Job]]:
-        """Jobs by what they need: nodes, tasks and GPUs of each. Errors stay with their job."""
+        """Jobs by what they need."""
         found: dict[tuple[int, int, int | None], list[Job]] = {}
         for job in jobs:
-            try:
-                found.setdefault(self._needs(job), []).append(job)
-            except ValueError as error:
-                job.error = error
+            found.setdefault(self._needs(job), []).append(job)
         return found
 
     def _needs(self, job: Job) -> tuple[int, int, int | None]:
+        """Nodes of a job, tasks on each, and GPUs on each."""
         hardware = build(job.plain["hardware"], "hardware")
         tasks = 1 if self.tasks == "node" else hardware.processes
         if self.gpus_per_node is not None or self.gres or self.gpus_per_task:

@@ -30,12 +30,16 @@ from rlhf_exp.pruning import EXIT_CODE
 PARENT = "RLHF_EXP_PARENT"  # process id of whoever a worker is not to outlive
 FAILED = "failed.json"
 
+at_work: Path | None = None  # the directory of the run that this process does, once it does
+
 
 def work(directory: Path) -> None:
     """Do the run in this process, or this process's part of it."""
+    global at_work
     signals.listen()
     _quiet_libraries()
     with working(directory) if processes.main() else nullcontext():
+        at_work = directory
         if processes.main():
             (directory / FAILED).unlink(missing_ok=True)
         _log_to(directory / "run.log")
@@ -127,7 +131,7 @@ def resume(directory: Path, arguments: Sequence[str] = ()) -> None:
 
 def guarded(call: Callable[[], object], directory: Path | None = None) -> int:
     """Run `call`; what a person can mend becomes one sentence on stderr, and in failed.json of the
-    run in `directory`. Returns the exit code.
+    run that this process was started for (`directory`) or works at. Returns the exit code.
 
     Of several processes that fail, the first one says why. RLHF_EXP_TRACEBACK=1 shows the whole
     traceback instead of a sentence.
@@ -178,6 +182,7 @@ def _died(error: Exception, directory: Path | None) -> int:
 
 def record_failure(directory: Path | None, why: str) -> None:
     """Leave in a run's directory, if there is a run in it, why it failed."""
+    directory = directory or at_work
     if directory is None or not (directory / "run.json").exists():
         return
     told = {"error": why, "rank": processes.rank(), "host": socket.gethostname()}
@@ -218,7 +223,8 @@ def main() -> None:
         record_failure(directory, sentence(error))
         print(f"error: {sentence(error)}", file=sys.stderr)
         code = 1
-    processes.leave(0 if code == EXIT_CODE else code)
+    gave_up = code == EXIT_CODE and signals.requeues()  # which SLURM need not call a failure
+    processes.leave(0 if gave_up else code)
 
 
 def carry_out(directory: Path) -> None:

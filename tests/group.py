@@ -21,7 +21,7 @@ def of(count: int, part: str, *arguments: object) -> list[subprocess.CompletedPr
     started = [
         subprocess.Popen(
             command,
-            env=environment(**_described(rank, count, store)),
+            env=environment(**_described(rank, count, store, None)),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -67,9 +67,13 @@ def test_every_preset_is_tested() -> None:
 
 def test_threads_are_divided(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert Hardware(processes=4).env()["OMP_NUM_THREADS"] == "4"
     assert Hardware(processes=4, threads=2).env()["OMP_NUM_THREADS"] == "2"
     assert Hardware().env() == {"OMP_WAIT_POLICY": "PASSIVE"}
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")  # of whoever starts it
+    assert Hardware(processes=4).env() == {"OMP_WAIT_POLICY": "PASSIVE"}
+    assert Hardware(processes=4, threads=2).env()["OMP_NUM_THREADS"] == "2"
 
 
 def test_bf16_leaves_weights_in_fp32() -> None:
@@ -183,8 +187,8 @@ def test_workers_that_end_well(workers) -> None:
 def test_one_that_fails_ends_all(workers) -> None:
     began = time.monotonic()
     with pytest.raises(processes.WorkerFailed) as failed:
-        workers("time.sleep(60) if rank == 0 else sys.exit(3)")
-    assert failed.value.exit_code == 3
+        workers("time.sleep(60) if rank == 0 else sys.exit(5)")
+    assert failed.value.exit_code == 5
     assert time.monotonic() - began < 4
 
 
@@ -238,7 +242,8 @@ def test_a_parent_that_is_killed_takes_its_workers_along(tmp_path: Path) -> None
         "die_with_parent()\nopen('up', 'w').close()\ntime.sleep(60)"
     )
     code = (
-        "import subprocess, sys, time\n"
+        "import os, subprocess, sys, time\n"
+        "os.environ['RLHF_EXP_PARENT'] = str(os.getpid())\n"
         f"p = subprocess.Popen([sys.executable, '-c', {child!r}], start_new_session=True)\n"
         "print(p.pid, flush=True)\ntime.sleep(60)"
     )

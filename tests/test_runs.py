@@ -85,12 +85,12 @@ def test_a_live_lease_is_a_run_at_work_and_an_old_one_is_not(tmp_path: Path) -> 
         (
             "CANCELLED by 1000",
             "failed",
-            f"SLURM ended job 123_4 as CANCELLED, and it left no result; {LOG}",
+            f"SLURM ended job 123_4 as CANCELLED by 1000, and it left no result; {LOG}",
         ),
         (
             "OUT_OF_ME+",
             "failed",
-            f"SLURM ended job 123_4 as OUT_OF_ME, and it left no result; {LOG}",
+            f"SLURM ended job 123_4 as OUT_OF_ME+, and it left no result; {LOG}",
         ),
     ],
 )

@@ -131,13 +131,14 @@ class Hardware:
         """Do the run that `directory` describes: in place, as one of the group that torchrun or
         srun started, or in processes of its own.
         """
-        if processes.joined() or not self.grouped:
-            from rlhf_exp.worker import work
+        from rlhf_exp import worker
 
-            work(directory)
+        if processes.joined() or not self.grouped:
+            worker.work(directory)
             return
         from rlhf_exp.hardware.launch import run_workers
 
+        worker.at_work = directory
         run_workers(directory, self.processes, self.env(), processes.node())
 
     # ---- in a worker
