@@ -6,6 +6,7 @@ import io
 import json
 import random
 import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ class Checkpoints:
 
     # steps between checkpoints; the end is always saved; null: a third of the run
     every: int | None = None
+    # also when so many have passed since the last one; null: never for that reason
+    minutes: float | None = 30.0
     keep: int = 2  # last checkpoints kept
     # evaluation metric whose best checkpoint is kept as well; higher is better
     best: str = "reward/proxy"
@@ -35,21 +38,32 @@ class Checkpoints:
                 f"checkpoints.every={self.every} and checkpoints.keep={self.keep} must be at "
                 "least 1"
             )
+        if self.minutes is not None and self.minutes <= 0:
+            raise ValueError(
+                f"checkpoints.minutes={self.minutes} must be more than 0, or null for checkpoints "
+                "by steps alone"
+            )
         require(self.best, METRICS, "checkpoints.best")
 
     def due(self, step: int, last: int) -> bool:
-        """Whether a checkpoint is to be written after `step` of `last` steps."""
-        return step % (self.every or max(1, last // 3)) == 0 or step == last
+        """Whether a checkpoint is to be written after `step` of `last` steps; the main process's
+        clock decides for all.
+        """
+        if step % (self.every or max(1, last // 3)) == 0 or step == last:
+            return True
+        late = self.minutes is not None and time.monotonic() - self.saved > 60 * self.minutes
+        return processes.agreed(late)
 
     def open(self, directory: Path) -> None:
         """Use `directory`/checkpoints."""
-        self.folder = directory / "checkpoints"
+        self.folder, self.saved = directory / "checkpoints", time.monotonic()
 
     def save(self, step: int, state: dict[str, Any], best_step: int | None) -> None:
         """Write `state` as the checkpoint of `step`, then drop what is neither recent nor best. The
         main process writes; all go on when it has.
         """
         processes.first(lambda: self._write(step, state, best_step))
+        self.saved = time.monotonic()
 
     def _write(self, step: int, state: dict[str, Any], best_step: int | None) -> None:
         path = self.folder / f"step-{step:06d}"

@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from rlhf_exp import lease
 
 BATCH = 32  # replies written and fsynced at once
 
@@ -20,11 +20,11 @@ class Cache:
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
-        self.lock = FileLock(path.with_name(f".{path.name}.lock"))
+        self.lock = path.with_name(f".{path.name}.lease")
         self.replies: dict[str, str] = {}
         self.waiting: list[dict[str, Any]] = []
         self.read = self.lines = 0  # bytes and lines known already
-        with self.lock:
+        with lease.held(self.lock):
             self._catch_up()
 
     def add(self, row: dict[str, Any]) -> None:
@@ -39,7 +39,7 @@ class Cache:
         if not self.waiting:
             return
         lines = "".join(json.dumps(row) + "\n" for row in self.waiting).encode()
-        with self.lock:
+        with lease.held(self.lock):
             self._catch_up()
             with self.path.open("ab") as file:
                 file.write(lines)
