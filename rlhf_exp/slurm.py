@@ -207,7 +207,8 @@ class Slurm(Sweeping):
             time.sleep(self.poll)
             queue = self.queue()
             told = {d: self._told(d, queue) for d in missed}
-            counts = {s: list(told.values()).count(s) for s in ("queued", "running", "ended")}
+            counts = {s: list(told.values()).count(s) for s in ("queued", "running")}
+            counts["ended"] = len(self.handles) - sum(counts.values())
             if queue is not None and counts != shown:
                 shown = counts
                 logger.info("SLURM: %s", ", ".join(f"{n} {s}" for s, n in counts.items() if n))

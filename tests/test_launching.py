@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,13 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.utils import JobStatus
+from hydra.utils import get_class
 from omegaconf import DictConfig
-from runs import command, command_line, contents, environment, rows, the_error
+from runs import DebugRun, command, command_line, contents, environment, rows, the_error
 
 from rlhf_exp import runs
-from rlhf_exp.config import conf_directory
+from rlhf_exp.checkpoints import Checkpoints
+from rlhf_exp.config import check_node, conf_directory
 from rlhf_exp.launching import Job, Points, Sweeping, asked
 
 pytest_plugins = ["runs_fixtures"]
@@ -319,6 +322,44 @@ def test_mistakes_in_how_a_sweep_is_launched(
     for fragment in fragments:
         assert fragment in the_error(done.stderr)
     assert not list(tmp_path.rglob("summary.json"))
+
+
+@pytest.mark.parametrize(
+    "name", sorted(p.stem for p in (conf_directory() / "hydra/launcher").glob("*"))
+)
+def test_launchers_take_the_settings_of_their_files(sweep: Any, name: str) -> None:
+    config = compose("config", overrides=[f"hydra/launcher={name}"], return_hydra_config=True)
+    check_node(config.hydra.launcher, "hydra.launcher")
+    schema = get_class(config.hydra.launcher._target_)
+    given = {f.name for f in fields(schema)}
+    assert set(config.hydra.launcher) == given | {"_target_"}
+
+
+@slow
+def test_every_run_there_is(debug_run: DebugRun, tmp_path: Path) -> None:
+    done = command_line("sweep=status", f"runs={debug_run.directory.parent}", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "1 finished" in done.stdout
+    gold = json.loads((debug_run.directory / "summary.json").read_text())["gold"]["after"]["mean"]
+    assert f"{gold:.3f}" in done.stdout
+    assert contents(tmp_path) == set()
+
+
+def test_checkpoints_by_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("rlhf_exp.checkpoints.time.monotonic", lambda: now[0])
+    checkpoints = Checkpoints(every=100, minutes=2)
+    checkpoints.open(tmp_path)
+    found = []
+    for step in range(1, 8):
+        now[0] += 50
+        if checkpoints.due(step, 200):
+            checkpoints.save(step, {}, None)
+            found.append(step)
+    assert found == [3, 6]  # the first after more than 120 seconds each time
+    assert not Checkpoints(every=100, minutes=None).due(7, 200)
+    with pytest.raises(ValueError, match=r"checkpoints\.minutes=0"):
+        Checkpoints(minutes=0)
 
 
 # ----------------------------------------------------------------------------------------- signals
