@@ -24,7 +24,7 @@ python -m rlhf_exp -m hydra/launcher=slurm \
 # One task per node, which starts the processes of its GPUs itself:
 #   python -m rlhf_exp -m hydra/launcher=slurm hardware=multinode hydra.launcher.tasks=node hydra.launcher.cpus_per_task=64
 
-# A search that keeps eight jobs in the queue and goes on where it was interrupted:
+# A search, eight trials at a time, that goes on where it was interrupted:
 #   python -m rlhf_exp -m experiment=ppo_search hydra/launcher=slurm \
 #       hydra.sweeper.n_jobs=8 hydra.sweeper.storage=sqlite:///search.db
 

@@ -8,6 +8,7 @@ start `python -m rlhf_exp.worker <run directory>`; the jobs know nothing of Hydr
 
 import json
 import logging
+import os
 import signal
 import sys
 import time
@@ -26,7 +27,7 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, flag_override
 
-from rlhf_exp import processes, runs
+from rlhf_exp import lease, processes, runs
 from rlhf_exp.artifacts import write_json
 from rlhf_exp.choices import require
 from rlhf_exp.config import build, check, check_node, conf_directory, resolved
@@ -36,7 +37,8 @@ from rlhf_exp.report import sweep
 
 logger = logging.getLogger(__name__)
 
-LEFT_ALONE = ("finished", "running", "queued")  # states of runs that need nobody
+BEING_DONE = ("running", "queued")  # states of runs that somebody sees to
+LEFT_ALONE = ("finished", *BEING_DONE)
 UNSAID = ("plan", "planning", "runs", "sweep")  # keys that are none of the run's business
 SWEEPS = (
     "a sweep starts the processes of its jobs itself: run it with -m and without torchrun or "
@@ -128,6 +130,7 @@ class Sweeping(Launcher):
     """What launchers have in common; each says in `do` how jobs are done."""
 
     report = True  # write table and figures at the end; a sweeper with its own turns it off
+    wait = True
 
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
@@ -142,15 +145,20 @@ class Sweeping(Launcher):
     def check_job(self, job: Job) -> None:
         """Refuse a job that cannot be done here, before anything is written: ValueError."""
 
+    def submit(self, jobs: list[Job], folder: Path) -> None:
+        """Hand these jobs over, if somebody else is to do them; no other command launches now."""
+
     def do(self, jobs: list[Job]) -> None:
-        """See to these jobs; returns when they have ended, or will do so by themselves."""
+        """Do these jobs, or wait for those who do."""
         raise NotImplementedError
+
+    def plannable(self, job: Job) -> bool:
+        """Whether the memory of the devices that will do the job is known here."""
+        return True
 
     def queue(self) -> dict[str, str] | None:
         """What SLURM says of jobs, by their ids; None if it says nothing."""
-        from rlhf_exp.slurm import states
-
-        return states()
+        return slurm_states()
 
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
@@ -161,21 +169,38 @@ class Sweeping(Launcher):
         require(self.config.sweep, ("run", "status"), "sweep")
         folder = Path(str(self.config.hydra.sweep.dir)).absolute()
         jobs = [self._job(list(o), n) for n, o in enumerate(job_overrides, initial_job_idx)]
-        self._find(jobs, folder)
         if self.config.sweep == "status":
+            self._find(jobs, folder)
             print(sweep.show([_as_run(job) for job in jobs]))
             _tidy(folder)
             return [_returned(job, None) for job in jobs]
-        todo = self._first_of_each(jobs)
-        self._note(folder, jobs)
-        logger.info("%s", _counted(jobs, todo))
+        place = Path(self.config.runs).absolute()
+        place.mkdir(parents=True, exist_ok=True)
+        with lease.held(place / ".launching"):  # two commands do not begin the same run
+            self._find(jobs, folder)
+            todo = self._first_of_each(jobs)
+            self._note(folder, jobs)
+            logger.info("%s", _counted(jobs, todo))
+            self.submit(todo, folder)
         try:
             self.do(todo)
+            if self.wait:
+                self._attend(jobs)
         finally:
             if self.report and initial_job_idx + len(jobs) > 1:
                 self._report(folder)
-        queue = self.queue()
+        queue = slurm_states()
         return [_returned(job, self._outcome(job, queue)) for job in jobs]
+
+    def _attend(self, jobs: list[Job]) -> None:
+        """Wait for the runs that another command has begun."""
+        directories = {job.directory for job in jobs if job.state in BEING_DONE}
+        if directories:
+            logger.info("waiting for %d that another command has begun", len(directories))
+        while directories:
+            time.sleep(1.0)
+            queue = slurm_states()
+            directories = {d for d in directories if d and runs.read(d, queue).state in BEING_DONE}
 
     # ---- before
 
@@ -225,9 +250,9 @@ class Sweeping(Launcher):
                     job.error = error
                     continue
                 todo[job.fingerprint] = job
-        if not todo and jobs and all(job.error is not None for job in jobs):
-            assert jobs[0].error is not None
-            raise jobs[0].error
+        errors = [job.error for job in jobs if job.error is not None]
+        if self.report and errors and len(errors) == len(jobs):  # of a grid; a search goes on
+            raise errors[0]
         return list(todo.values())
 
     def _prepare(self, job: Job) -> None:
@@ -237,9 +262,9 @@ class Sweeping(Launcher):
         assert job.directory is not None
         if str(job.plain["plan"]).lower() == "true":
             raise ValueError("plan=true plans one run: leave -m away")
-        if job.plain["plan"] is False:
+        if job.plain["plan"] is False and self.plannable(job):
             plan.refuse(job.plain)
-        if job.state == "missing":
+        if not (job.directory / "run.json").exists():
             write_down(job.told, job.directory)
             asked_for = job.directory / ".hydra"  # where Hydra leaves it in a single run
             asked_for.mkdir()
@@ -247,7 +272,11 @@ class Sweeping(Launcher):
             OmegaConf.save(OmegaConf.create(job.overrides), asked_for / "overrides.yaml")
         else:  # what decides nothing may have changed
             about = json.loads((job.directory / "run.json").read_text())
-            write_json(job.directory / "run.json", about | {"config": job.told})
+            about.pop("continued_on", None)  # the sweep says where
+            named = {"config": job.told, "fingerprint": job.fingerprint}
+            write_json(job.directory / "run.json", about | named)
+            for left in ("failed.json", "job.json"):  # of an earlier attempt
+                (job.directory / left).unlink(missing_ok=True)
 
     def _note(self, folder: Path, jobs: list[Job]) -> None:
         """sweep.json: which run each job is."""
@@ -276,14 +305,23 @@ class Sweeping(Launcher):
         run = runs.read(job.directory, queue)
         if run.state == "failed":
             return ValueError(f"{job.directory}: {run.error}")
+        if run.state == "partial" or (run.state in BEING_DONE and self.wait):
+            return ValueError(f"{job.directory}: stopped before its end; the same command goes on")
         return outcome(job.directory, job.plain["objective"])
 
     def _report(self, folder: Path) -> None:
         """Table and figures of the sweep so far, beside its runs."""
-        jobs = runs.sweep(folder, self.queue())
+        jobs = runs.sweep(folder, slurm_states())
         sweep.write(folder, jobs)
         print(sweep.show(jobs))
         print(f"table and figures: {folder / 'sweep.md'}")
+
+
+def slurm_states() -> dict[str, str] | None:
+    """What SLURM says of jobs, if there is one and it answers."""
+    from rlhf_exp.slurm import states
+
+    return states()
 
 
 def _as_run(job: Job) -> runs.Run:
@@ -345,6 +383,13 @@ class Local(Sweeping):
         if self.jobs < 1:
             raise ValueError(f"hydra.launcher.jobs={self.jobs} must be at least 1")
 
+    def check_job(self, job: Job) -> None:
+        if self.jobs > 1 and build(job.plain["hardware"], "hardware").kind == "cuda":
+            raise ValueError(
+                f"hydra.launcher.jobs={self.jobs} would have as many runs share the GPUs: give 1, "
+                "or start a sweep for each with its own CUDA_VISIBLE_DEVICES"
+            )
+
     def do(self, jobs: list[Job]) -> None:
         """Start, and wait. A signal reaches the jobs that run, and no other is started."""
         waiting, working, received = list(jobs), {}, []
@@ -367,13 +412,16 @@ class Local(Sweeping):
     def _started(self, job: Job) -> dict[Any, Job]:
         """The job's process; where several run at once, what it says goes to a file."""
         assert job.directory is not None
+        if runs.read(job.directory).state in LEFT_ALONE:  # another command came first
+            return {}
         logger.info("#%d: %s", job.number, " ".join(filter_overrides(job.overrides)))
         print(f"run directory: {job.directory}", file=sys.stderr)
-        (job.directory / "job.json").unlink(missing_ok=True)  # of an earlier attempt under SLURM
         if self.jobs == 1:
             return {start(job.directory, {}): job}
+        cores = max(1, (os.cpu_count() or 1) // self.jobs)
+        threads = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(cores)}
         with (job.directory / "output.log").open("ab") as file:
-            return {start(job.directory, {}, file.fileno()): job}
+            return {start(job.directory, threads, file.fileno()): job}
 
 
 def _tell_if_killed(job: Job, code: int, stopped: bool) -> None:

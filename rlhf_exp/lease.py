@@ -143,6 +143,8 @@ def _acquire(lease: SoftFileLease, path: Path, *, patient: bool) -> None:
         if found is None:
             continue  # it went away just now
         lives = holder.lives() if holder else None
+        if lives and time.time() - found[1] / 1e9 > DURATION:
+            lives = None  # another process has its number now, unless the file is touched
         if not patient and (lives or (seen and found != seen)):
             raise Busy(
                 f"{path.parent} is being worked on by {holder or 'another process'}: wait until it "

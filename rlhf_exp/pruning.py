@@ -84,7 +84,8 @@ def give_up(verdict: Verdict, directory: Path) -> None:
 
 def gave_up(directory: Path) -> bool:
     """Whether the run in `directory` gave up, and nobody made it go on to its end."""
-    return (directory / FILE).exists() and not (directory / "summary.json").exists()
+    ended = ("summary.json", "failed.json")
+    return (directory / FILE).exists() and not any((directory / name).exists() for name in ended)
 
 
 def reported(directory: Path, metric: str) -> dict[int, float]:

@@ -8,7 +8,7 @@
 | pruned | pruned.json: the run gave itself up as hopeless |
 | failed | failed.json says why; or SLURM ended the job, or does not know it any more |
 | partial | the run was begun; nobody works on it |
-| missing | a job of a sweep whose directory holds no run |
+| missing | nobody has begun it, if it was asked for at all |
 """
 
 import json
@@ -23,11 +23,13 @@ from rlhf_exp import lease
 from rlhf_exp.artifacts import fingerprint
 
 # of several runs that were asked for the same, the one that got furthest counts
-ORDER = ("finished", "running", "queued", "pruned", "partial", "failed")
+ORDER = ("finished", "running", "queued", "pruned", "partial", "failed", "missing")
 # settings that decide nothing of what comes out of a run
 NO_MATTER = (
     "artifacts", "tracker", "resume", "show_every", "objective", "pruning", "runs", "sweep",
+    "checkpoints",
 )  # fmt: skip
+IN_HARDWARE = ("timeout", "device_memory", "peak_tflops")  # the same, within hardware
 BEFORE = NO_MATTER[:4]  # those that older runs were named without
 QUEUED = {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD"}
 RUNNING = {"RUNNING", "COMPLETING", "RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED", "SUSPENDED"}
@@ -62,9 +64,12 @@ class Found(dict[str, Run]):
         self.left_out: list[str] = []
 
 
-def config_fingerprint(config: dict[str, Any], without: Sequence[str] = NO_MATTER) -> str:
+def config_fingerprint(config: dict[str, Any]) -> str:
     """Names a run by what decides its outcome; where files lie and who is told does not."""
-    return fingerprint({k: v for k, v in config.items() if k not in without})
+    kept = {k: v for k, v in config.items() if k not in NO_MATTER}
+    if isinstance(hardware := kept.get("hardware"), dict):
+        kept["hardware"] = {k: v for k, v in hardware.items() if k not in IN_HARDWARE}
+    return fingerprint(kept)
 
 
 def genuine(about: dict[str, Any]) -> bool:
@@ -72,7 +77,8 @@ def genuine(about: dict[str, Any]) -> bool:
     as it is made now or as it was for older runs.
     """
     config = about["config"]
-    return about["fingerprint"] in (config_fingerprint(config), config_fingerprint(config, BEFORE))
+    older = fingerprint({k: v for k, v in config.items() if k not in BEFORE})
+    return about["fingerprint"] in (config_fingerprint(config), older)
 
 
 def read(directory: Path, queue: Queue | None = None) -> Run:
@@ -154,13 +160,13 @@ def _state(
     known = told.split()[0].strip("+") if told else None
     if job and known in QUEUED | RUNNING:
         return ("queued" if known in QUEUED else "running"), None
-    if (directory / "pruned.json").exists():
-        return "pruned", _given_up(_json(directory / "pruned.json"))
     if (directory / "failed.json").exists():
         return "failed", _why(_json(directory / "failed.json"))
+    if (directory / "pruned.json").exists():
+        return "pruned", _given_up(_json(directory / "pruned.json"))
     if job and told:
         return "failed", _lost(job, told)
-    return "partial", None
+    return ("partial" if (directory / "run.log").exists() else "missing"), None
 
 
 def _given_up(pruned: dict[str, Any] | None) -> str:

@@ -64,8 +64,13 @@ def instead_of_leaving(code: int, *, main: bool, failed: bool) -> int:
     has come, or a process of the run has `failed` and the signal only clears up. ValueError if the
     job does not go back into the queue.
     """
+    if not requeues():
+        return code
+    for number in STOPS:  # what was said is known; scontrol inherits this
+        signal.signal(number, signal.SIG_IGN)
     warned = WARNING in received or code == 128 + WARNING
-    if not requeues() or not code or not (warned or received):
+    ended = signal.SIGTERM in received or code == 128 + signal.SIGTERM
+    if not code or not (warned or ended):
         return code
     if failed:
         return 1
@@ -86,11 +91,18 @@ def _requeue() -> None:
             f"job {job} was requeued {before} times already (hydra.launcher.max_requeues={limit}); "
             "its state is saved: submit the sweep again to go on"
         )
-    done = subprocess.run(
-        ["scontrol", "requeue", job], capture_output=True, text=True, timeout=60, check=False
-    )
-    if done.returncode:
-        raise ValueError(f"SLURM did not requeue job {job}: {done.stderr.strip()}")
+    asked, said = ["scontrol", "requeue", job], ""
+    for pause in (5, 10, 20, 0):  # a controller that is busy preempting may not answer at once
+        try:
+            subprocess.run(asked, capture_output=True, text=True, timeout=30, check=True)
+            break
+        except subprocess.CalledProcessError as error:
+            said = error.stderr.strip()
+        except (subprocess.TimeoutExpired, OSError) as error:
+            said = str(error)
+        time.sleep(pause)
+    else:
+        raise ValueError(f"SLURM did not requeue job {job} ({said}); its state is saved")
     print(f"job {job} goes back into the queue ({before + 1} of {limit})", file=sys.stderr)
 
 

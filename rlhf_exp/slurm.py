@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -104,14 +105,17 @@ class Slurm(Sweeping):
                 "cluster, or use hydra/launcher=local"
             )
 
-    def do(self, jobs: list[Job]) -> None:
-        """Submit, and wait unless told otherwise. Ctrl-C leaves the jobs in the queue."""
-        folder = Path(str(self.config.hydra.sweep.dir)).absolute()
-        code = _copy_code(folder / "code") if self.snapshot and jobs else None
+    def submit(self, jobs: list[Job], folder: Path) -> None:
+        """As arrays that the cluster takes."""
+        stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%f")
+        code = _copy_code(folder / "code" / stamp) if self.snapshot and jobs else None
         for needs, same in self._alike(jobs).items():
             size = self.array_size or _array_limit(self.cluster)
             for i in range(0, len(same), size):
                 self._submit(folder, needs, same[i : i + size], code)
+
+    def do(self, jobs: list[Job]) -> None:
+        """Wait unless told otherwise. Ctrl-C leaves the jobs in the queue."""
         if not self.wait:
             logger.info("not waiting; to see how they are, add sweep=status to the same command")
             return
@@ -119,11 +123,12 @@ class Slurm(Sweeping):
             self._watch(jobs)
         except KeyboardInterrupt:
             ids = " ".join(sorted({h.job_id.split("_")[0] for h in self.handles.values()}))
-            print(
-                "no longer waiting; the jobs stay in the queue. To see how they are, add "
-                f"sweep=status to the same command; to end them: scancel {ids}",
-                file=sys.stderr,
-            )
+            if self.cluster == "slurm":
+                print(
+                    "no longer waiting; the jobs stay in the queue. To see how they are, add "
+                    f"sweep=status to the same command; to end them: scancel {ids}",
+                    file=sys.stderr,
+                )
             raise
 
     # ---- submission
@@ -161,7 +166,8 @@ class Slurm(Sweeping):
         nodes, tasks, gpus = needs
         env = {signals.LIMIT: str(self.max_requeues), TASKS: self.tasks}
         if code is not None:
-            env |= {"PYTHONPATH": str(code), "PYTHONSAFEPATH": "1"}
+            path = os.pathsep.join(filter(None, [str(code), os.environ.get("PYTHONPATH")]))
+            env |= {"PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
         with _outside_of_a_job():
             try:
                 executor = submitit.AutoExecutor(
@@ -171,7 +177,8 @@ class Slurm(Sweeping):
                 )
                 executor.update_parameters(**self._parameters(nodes, tasks, gpus))
                 directories = [str(job.directory) for job in jobs]
-                handles = executor.map_array(task, directories, [env] * len(jobs))
+                local = [self.cluster == "local"] * len(jobs)
+                handles = executor.map_array(task, directories, [env] * len(jobs), local)
             except (FailedJobError, subprocess.CalledProcessError) as error:
                 raise ValueError(f"SLURM took no job: {_last_line(str(error))}") from None
         for job, handle in zip(jobs, handles, strict=True):
@@ -205,7 +212,7 @@ class Slurm(Sweeping):
         shown: dict[str, int] = {}
         while missed:
             time.sleep(self.poll)
-            queue = self.queue()
+            queue = states(mine=True)
             told = {d: self._told(d, queue) for d in missed}
             counts = {s: list(told.values()).count(s) for s in ("queued", "running")}
             counts["ended"] = len(self.handles) - sum(counts.values())
@@ -234,18 +241,27 @@ class Slurm(Sweeping):
         return told == "ended" and runs.read(directory).state in ("finished", "failed", "pruned")
 
     def queue(self) -> dict[str, str] | None:
-        return states() if self.cluster == "slurm" else {}
+        told = states()
+        if told is None and self.cluster == "slurm":
+            raise ValueError(
+                "SLURM does not answer (squeue), so nobody knows what is in the queue already: "
+                "try again later"
+            )
+        return told
+
+    def plannable(self, job: Job) -> bool:
+        return job.plain["hardware"].get("device_memory") is not None
 
 
-def task(directory: str, env: dict[str, str]) -> None:
+def task(directory: str, env: dict[str, str], local: bool) -> None:
     """What a task of the job does: it becomes a worker of the run in `directory`."""
     os.environ.update(env)
-    if "SLURM_STEP_ID" not in os.environ and int(os.environ["SUBMITIT_LOCAL_NTASKS"]) > 1:
-        from submitit.helpers import TorchDistributedEnvironment
-
-        TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
-    if "SLURM_STEP_ID" not in os.environ:
+    if local:  # no SLURM would requeue it
         del os.environ[signals.LIMIT]
+        if int(os.environ["SUBMITIT_LOCAL_NTASKS"]) > 1:
+            from submitit.helpers import TorchDistributedEnvironment
+
+            TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
     if cpus := os.environ.get("SLURM_CPUS_PER_TASK"):
         os.environ.setdefault("OMP_NUM_THREADS", cpus)
     for number in (signal.SIGTERM, signals.WARNING):
@@ -255,13 +271,13 @@ def task(directory: str, env: dict[str, str]) -> None:
     os.execv(sys.executable, [sys.executable, "-m", "rlhf_exp.worker", directory])
 
 
-def states() -> dict[str, str] | None:
-    """This user's jobs in SLURM's memory, ended ones included for some minutes: state and reason
-    by id (12, or 12_3 of an array). None if SLURM does not answer.
+def states(*, mine: bool = False) -> dict[str, str] | None:
+    """Jobs in SLURM's memory, ended ones included for some minutes, of all users or `mine`: state
+    and reason by id (12, or 12_3 of an array). None if SLURM does not answer.
     """
     if shutil.which("squeue") is None:
         return None
-    asked = ["squeue", "--me", "-h", "-r", "-a", "-t", "all", "-o", "%i|%T|%r"]
+    asked = ["squeue", *(["--me"] if mine else []), "-h", "-r", "-a", "-t", "all", "-o", "%i|%T|%r"]
     try:
         done = subprocess.run(asked, capture_output=True, text=True, timeout=60, check=True)
     except (subprocess.SubprocessError, OSError):

@@ -66,6 +66,8 @@ class Trial:
             self.log.close()
             for number, handler in before.items():
                 signal.signal(number, handler)
+        if self.signalled and signals.requeues():  # after the last look at it
+            raise KeyboardInterrupt
 
     def begin(self, policy: Policy, algorithm: Any, steps: int) -> int:
         """The step to start from: 0 after a first evaluation, or that of the newest checkpoint,
@@ -122,12 +124,13 @@ class Trial:
         if hopeless:
             give_up(hopeless, self.directory)
             raise Pruned(hopeless, self.directory)
-        if stopped and step < self.steps:
+        if stopped and (step < self.steps or signals.requeues()):
             raise Stopped(step, self.directory, stopped)
 
     def stopped(self) -> int:
         """The signal that has asked a process of the run to stop, or 0; the same on all of them."""
-        return max(processes.gather(self.signalled))
+        here = self.signalled or (signals.received[-1] if signals.ended_by_signal() else 0)
+        return max(processes.gather(here))
 
     def _evaluate(self, step: int, policy: Policy) -> bool:
         """Evaluate and tell whether this is the best so far."""

@@ -24,7 +24,7 @@ from typing import Any
 
 from rlhf_exp import processes, signals
 from rlhf_exp.artifacts import write_json
-from rlhf_exp.lease import Busy, working
+from rlhf_exp.lease import RUNNING, Busy, alive, working
 from rlhf_exp.pruning import EXIT_CODE
 
 PARENT = "RLHF_EXP_PARENT"  # process id of whoever a worker is not to outlive
@@ -39,13 +39,19 @@ def work(directory: Path) -> None:
     signals.listen()
     _quiet_libraries()
     with working(directory) if processes.main() else nullcontext():
+        if processes.first(lambda: _begin(directory)):
+            return
         at_work = directory
-        if processes.main():
-            (directory / FAILED).unlink(missing_ok=True)
         _log_to(directory / "run.log")
         from rlhf_exp.run import Stages
 
         Stages(directory).run()
+
+
+def _begin(directory: Path) -> bool:
+    """Whether the run was finished by somebody else meanwhile; else it begins (again)."""
+    (directory / FAILED).unlink(missing_ok=True)
+    return "finished" in asked_of(directory)
 
 
 def _quiet_libraries() -> None:
@@ -100,7 +106,9 @@ def resume(directory: Path, arguments: Sequence[str] = ()) -> None:
     """
     about = asked_of(directory)
     config = about["config"]
-    if (directory / "summary.json").exists():
+    from rlhf_exp.runs import genuine, read
+
+    if genuine(about) and read(directory).state == "finished":
         raise ValueError(
             f"resume={directory}: this run is finished; its results are in summary.json"
         )
@@ -111,8 +119,6 @@ def resume(directory: Path, arguments: Sequence[str] = ()) -> None:
         node = overridden("hardware", node, arguments)
     hardware = build(node, "hardware") if node is not None else None
     os.environ.update(hardware.env() if hardware is not None else {})
-    from rlhf_exp.runs import genuine
-
     if hardware is None or not genuine(about):
         raise ValueError(
             f"resume={directory}: run.json was edited or comes from elsewhere (its fingerprint "
@@ -126,6 +132,8 @@ def resume(directory: Path, arguments: Sequence[str] = ()) -> None:
         precision.check_training(policy, hardware, algo)
         about["continued_on"] = [*about.get("continued_on", []), node]
         processes.first(lambda: write_json(directory / "run.json", about))
+    if processes.main():
+        (directory / "job.json").unlink(missing_ok=True)  # of an attempt under SLURM
     hardware.launch(directory)
 
 
@@ -182,8 +190,9 @@ def _died(error: Exception, directory: Path | None) -> int:
 
 def record_failure(directory: Path | None, why: str) -> None:
     """Leave in a run's directory, if there is a run in it, why it failed."""
+    somebody = at_work is None and directory is not None and alive(directory / RUNNING)
     directory = directory or at_work
-    if directory is None or not (directory / "run.json").exists():
+    if directory is None or somebody or not (directory / "run.json").exists():
         return
     told = {"error": why, "rank": processes.rank(), "host": socket.gethostname()}
     when = datetime.now(UTC).isoformat(timespec="seconds")
@@ -205,9 +214,11 @@ def die_with_parent() -> None:
     """Be sent SIGTERM when the process that started this one ends, however it ends (Linux). Of
     those that are to: SLURM's own end without their jobs.
     """
-    if sys.platform == "linux" and os.environ.get(PARENT) == str(os.getppid()):
+    if sys.platform == "linux" and PARENT in os.environ:
         set_death_signal = 1  # PR_SET_PDEATHSIG
         ctypes.CDLL(None).prctl(set_death_signal, signal.SIGTERM)
+        if os.environ[PARENT] != str(os.getppid()):  # it has ended already
+            sys.exit(130)
 
 
 def main() -> None:
@@ -217,7 +228,9 @@ def main() -> None:
     directory = Path(sys.argv[1])
     code = guarded(lambda: carry_out(directory), directory)
     try:
-        main, failed = processes.main(), processes.failed()
+        failed = processes.failed()
+        alone = os.environ.get("SLURM_PROCID", "0") == "0"  # before the processes have met
+        main = processes.main() if processes.joined() else alone
         code = signals.instead_of_leaving(code, main=main, failed=failed)
     except ValueError as error:
         record_failure(directory, sentence(error))

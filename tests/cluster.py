@@ -123,8 +123,14 @@ class Cluster:
         time.sleep(1.5)
         self.run("scontrol", "update", f"JobId={number}", "StartTime=now")
 
+    def cut_short(self, number: str) -> None:
+        """Leave a running job less than a minute."""
+        hours, minutes, _ = self.job(number)["RunTime"].split(":")
+        limit = 60 * int(hours) + int(minutes) + 1
+        self.run("scontrol", "update", f"JobId={number}", f"TimeLimit={limit}")
 
-def until(done: Callable[[], object], patience: float = 60, *, strict: bool = True) -> None:
+
+def until(done: Callable[[], object], patience: float = 180, *, strict: bool = True) -> None:
     """Wait for `done()`."""
     deadline = time.monotonic() + patience
     while not done():

@@ -125,6 +125,7 @@ def test_a_partial_and_a_failed_run_go_on_in_their_directories(sweep: Any, tmp_p
         del about["finished"]
         (tmp_path / f"sweep/{number}/run.json").write_text(json.dumps(about))
         (tmp_path / f"sweep/{number}/summary.json").unlink()
+        (tmp_path / f"sweep/{number}/run.log").touch()
     (tmp_path / "sweep/1/failed.json").write_text(json.dumps({"error": "the disk is full"}))
     again, _ = sweep("seed=0", "seed=1 show_every=7", "seed=2")
     assert [(j.state, j.directory) for j in again.done] == [
@@ -158,9 +159,10 @@ def test_an_impossible_point_fails_and_the_others_run(sweep: Any, tmp_path: Path
     assert "algo.lr=-1" in str(jobs[0].error)
 
 
-def test_a_sweep_of_impossible_points_is_refused(sweep: Any, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"algo\.lr=-1"):
-        sweep("algo.lr=-1", "algo.lr=-2")
+def test_a_search_goes_on_after_impossible_points(sweep: Any) -> None:
+    launcher, returned = sweep("algo.lr=-1", "algo.lr=-2")
+    assert not launcher.done
+    assert [r.status for r in returned] == [JobStatus.FAILED] * 2
 
 
 def test_looking_changes_nothing(
@@ -276,7 +278,8 @@ def test_submitit_without_slurm_two_processes_on_copied_code(
     )
     assert done.returncode == 0, done.stderr
     said = [p.read_text() for p in tmp_path.glob("where-*")]
-    assert said == [str(tmp_path / "sweep/code/rlhf_exp/__init__.py")] * 2
+    [code] = (tmp_path / "sweep" / "code").iterdir()
+    assert said == [str(code / "rlhf_exp" / "__init__.py")] * 2
     assert json.loads((tmp_path / "sweep/0/run.json").read_text())["finished"]
 
 
@@ -307,6 +310,7 @@ def test_submitit_without_slurm_two_processes_on_copied_code(
             ["hardware.device=null", "hardware.device=cuda or hardware.device=cpu"],
         ),
         (["-m", "hydra/launcher=slurm", "seed=1"], ["there is no sbatch here", "login node"]),
+        (["-m", "algo.lr=-1,-2"], ["algo.lr=-1 must not be negative"]),
         (["-m", "sweep=all"], ["sweep", "run, status"]),
     ],
     ids=lambda x: " ".join(x) if x[0].startswith(("-m", "hydra/")) else "",

@@ -24,6 +24,7 @@ def begun(directory: Path, seed: int = 0, **about: Any) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     told = {"fingerprint": runs.config_fingerprint(config), "config": config} | about
     (directory / "run.json").write_text(json.dumps(told))
+    (directory / "run.log").touch()
     return directory
 
 
@@ -39,10 +40,14 @@ def put(directory: Path, **files: Any) -> Path:
 
 def test_a_fingerprint_leaves_out_what_decides_no_outcome() -> None:
     idle = ("artifacts", "tracker", "resume", "show_every", "objective", "pruning", "runs", "sweep")
+    idle += ("checkpoints",)
     assert runs.config_fingerprint(CONFIG | dict.fromkeys(idle, "x")) == fingerprint(
         {"seed": 0, "algo": CONFIG["algo"]}
     )
     assert runs.config_fingerprint(CONFIG | {"seed": 1}) != runs.config_fingerprint(CONFIG)
+    patient, other = ({"hardware": {"processes": 2, "timeout": t}} for t in (60, 600))
+    assert runs.config_fingerprint(patient) == runs.config_fingerprint(other)
+    assert runs.config_fingerprint(patient) != runs.config_fingerprint({"hardware": {}})
 
 
 def test_an_older_run_is_known_by_the_name_it_would_get_now(tmp_path: Path) -> None:

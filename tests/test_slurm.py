@@ -27,9 +27,11 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
             f"no SLURM here ({', '.join(lacking)}): apt install slurmctld slurmd slurm-client"
         )
     cluster = Cluster(tmp_path_factory.mktemp("slurm"))
-    cluster.start()
-    yield cluster
-    cluster.stop()
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.stop()
 
 
 def asked(artifacts: Path, *overrides: object) -> list[str]:
@@ -195,7 +197,13 @@ def _process_of(directory: Path) -> int:
 def test_a_preempted_run_goes_on_and_ends_with_the_same_bytes(
     cluster: Cluster, artifacts: Path, tmp_path: Path
 ) -> None:
-    long = ("algo.steps=14", "checkpoints.every=100", "evaluation.every=100", "algo.epochs=4")
+    long = (
+        "hardware.processes=2",
+        "algo.steps=14",
+        "checkpoints.every=100",
+        "evaluation.every=100",
+        "algo.epochs=4",
+    )
     expected = command_line(
         "experiment=debug", f"artifacts={artifacts}", *long, "hydra.run.dir=whole", cwd=tmp_path
     )
@@ -227,14 +235,14 @@ def test_a_run_out_of_time_goes_back_into_the_queue(
     with watching(tmp_path, *asked(artifacts, *many), *given) as waiting:
         until(lambda: began(directory, 3))
         job = job_of(directory)
-        cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=1")
+        cluster.cut_short(job)
         until(lambda: cluster.job(job)["JobState"] == "PENDING")
         [first] = (directory / "checkpoints").glob("step-*")
         done = len(rows(directory / "metrics.jsonl"))
         cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=10")
         cluster.restart_now(job)
         until(lambda: began(directory, done + 2))
-        cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=1")
+        cluster.cut_short(job)
         _, err = waiting.communicate(timeout=120)
     assert waiting.returncode == 1
     assert "was requeued 1 times already (hydra.launcher.max_requeues=1)" in err

@@ -31,6 +31,11 @@ class OptunaSweeper(Sweeper):
         self.launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
+        if not getattr(self.launcher, "wait", True):
+            raise ValueError(
+                "hydra.launcher.wait=false leaves before a search could learn anything: leave it "
+                "true"
+            )
         self.launcher.report = False  # type: ignore[attr-defined]  # the search has its own
 
     def sweep(self, arguments: list[str]) -> list[JobReturn]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from hydra.core.override_parser.types import Override
 from hydra.core.utils import JobReturn, JobStatus
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from optuna import Study, Trial
 from optuna.distributions import CategoricalDistribution
 from optuna.trial import TrialState
@@ -22,6 +22,7 @@ from optuna.trial import TrialState
 from rlhf_exp.config import build, check, resolved
 from rlhf_exp.objective import Objective
 from rlhf_exp.pruning import gave_up, reported
+from rlhf_exp.runs import config_fingerprint
 from rlhf_exp.search import report
 from rlhf_exp.search.median import MedianStopping
 from rlhf_exp.search.settings import Settings
@@ -90,6 +91,7 @@ class Search:
             directions=self.objective.directions,
             objective=node,
             space=self.space,
+            fixed=self._fixed(config),
         )
         study.sampler = self.settings.build_sampler(sampler, len(concluded(study)))
         queue(study, points)
@@ -138,6 +140,13 @@ class Search:
                 f"stages={plain['stages']} ends without an objective: add evaluate to search"
             )
         return plain
+
+    def _fixed(self, config: dict[str, Any]) -> str:
+        """Names what is the same in all trials."""
+        rest = OmegaConf.create(config)
+        for key in self.space:
+            OmegaConf.update(rest, key, None, merge=False)
+        return config_fingerprint(OmegaConf.to_container(rest))  # type: ignore[arg-type]
 
     def _check_pruning(self, config: dict[str, Any]) -> None:
         if self.median is None:

@@ -25,6 +25,7 @@ def open_study(
     directions: Sequence[Any],
     objective: dict[str, Any],
     space: Space,
+    fixed: str,
 ) -> optuna.Study:
     """The study `name`, new or as an earlier attempt left it; ValueError if that one asked for
     something else.
@@ -43,6 +44,7 @@ def open_study(
         "directions": list(directions),
         "objective": objective,
         "space": {key: distribution_to_json(space[key]) for key in sorted(space)},
+        "set of fixed settings": fixed,
     }
     known = study.user_attrs.get(IDENTITY, {} if study.trials else identity)
     for what, asked in identity.items():
