@@ -192,6 +192,7 @@ def test_of_the_same_run_the_one_that_got_furthest_counts(tmp_path: Path) -> Non
     (begun(tmp_path / "running") / ".running").write_text(LIVE)
     begun(tmp_path / "finished", finished="now")
     begun(tmp_path / "partial")
+    (begun(tmp_path / "missing") / "run.log").unlink()
     for state in runs.ORDER:  # take away the best, and the next one counts
         [run] = runs.find([tmp_path], queue).values()
         assert (run.state, run.directory) == (state, tmp_path / state)
