@@ -297,7 +297,10 @@ def leave(code: int) -> None:
     if _group is None:
         sys.exit(code)
     import logging
+    import multiprocessing
 
+    for child in multiprocessing.active_children():  # of a data loader: os._exit leaves them behind
+        child.terminate()
     _take_leave(_group)
     logging.shutdown()
     sys.stdout.flush()

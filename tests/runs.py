@@ -148,6 +148,10 @@ def rewound(directory: Path, copy: Path, step: int) -> Path:
     for name in ("policy", "figures"):
         shutil.rmtree(copy / name)
     (copy / "summary.json").unlink()
+    about = json.loads((copy / "run.json").read_text())
+    for written_last in ("artifacts", "finished"):
+        del about[written_last]
+    (copy / "run.json").write_text(json.dumps(about))
     for path in (copy / "checkpoints").glob("step-*"):
         if int(path.name.removeprefix("step-")) > step:
             shutil.rmtree(path)
