@@ -253,4 +253,6 @@ def carry_out(directory: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from rlhf_exp import worker
+
+    worker.main()  # of the module that others import, which knows what is at work, not of its double

@@ -141,11 +141,11 @@ def until(done: Callable[[], object], patience: float = 180, *, strict: bool = T
 
 
 def _free_ports() -> tuple[int, int, int]:
-    """Three ports that nobody uses now, the last two beside each other; others for each worker of
-    the tests. Runs meet at ports from 20,000 on.
+    """Three ports that nobody uses now, the last two beside each other; others for each process of
+    the tests, as what is left of a killed cluster talks to the port it knew. Runs meet at ports
+    from 20,000 on.
     """
-    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
-    for base in range(19_000 + 200 * worker, 19_200 + 200 * worker, 10):
+    for base in [19_000 + 10 * ((os.getpid() + n) % 90) for n in range(90)]:
         sockets = []
         try:
             for port in (base, base + 1, base + 2):

@@ -140,6 +140,14 @@ def says(sentence: str, *fragments: str) -> None:
     assert len(sentence) < 700, sentence
 
 
+def not_finished(directory: Path) -> None:
+    """Take back what a run writes last."""
+    about = json.loads((directory / "run.json").read_text())
+    for written_last in ("artifacts", "finished"):
+        del about[written_last]
+    (directory / "run.json").write_text(json.dumps(about))
+
+
 def rewound(directory: Path, copy: Path, step: int) -> Path:
     """What a run killed after the checkpoint of `step` leaves: a copy of `directory` without the
     later checkpoints and what comes at the end.
@@ -148,10 +156,7 @@ def rewound(directory: Path, copy: Path, step: int) -> Path:
     for name in ("policy", "figures"):
         shutil.rmtree(copy / name)
     (copy / "summary.json").unlink()
-    about = json.loads((copy / "run.json").read_text())
-    for written_last in ("artifacts", "finished"):
-        del about[written_last]
-    (copy / "run.json").write_text(json.dumps(about))
+    not_finished(copy)
     for path in (copy / "checkpoints").glob("step-*"):
         if int(path.name.removeprefix("step-")) > step:
             shutil.rmtree(path)

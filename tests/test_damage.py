@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from runs import DebugRun, command_line, contents, inside, logged, says, the_error
+from runs import DebugRun, command_line, contents, inside, logged, not_finished, says, the_error
 
 from rlhf_exp.artifacts import verify, write_json
 from rlhf_exp.worker import guarded, resume
@@ -108,6 +108,7 @@ def interrupted(debug_run: DebugRun, tmp_path: Path) -> Path:
     shutil.rmtree(directory / "policy")
     shutil.rmtree(directory / "figures")
     (directory / "summary.json").unlink()
+    not_finished(directory)
     return directory
 
 
