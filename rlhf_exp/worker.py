@@ -255,4 +255,4 @@ def carry_out(directory: Path) -> None:
 if __name__ == "__main__":
     from rlhf_exp import worker
 
-    worker.main()  # of the module that others import, which knows what is at work, not of its double
+    worker.main()  # of the module that others import, not of its double
