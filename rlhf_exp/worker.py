@@ -46,6 +46,7 @@ def work(directory: Path) -> None:
         from rlhf_exp.run import Stages
 
         Stages(directory).run()
+    at_work = None
 
 
 def _begin(directory: Path) -> bool:

@@ -115,7 +115,7 @@ def interrupted(debug_run: DebugRun, tmp_path: Path) -> Path:
 def not_resumed(directory: Path, capsys: pytest.CaptureFixture[str]) -> str:
     before = contents(directory) - {"run.log"}
     assert logged(lambda: resume(directory)) == 1
-    assert contents(directory) - {"run.log"} == before
+    assert contents(directory) - {"run.log", "failed.json"} == before
     return the_error(capsys.readouterr().err)
 
 
