@@ -210,12 +210,13 @@ class Slurm(Sweeping):
         """Until no job is in the queue any more, or goes back to it."""
         missed = {d: 0 for job in jobs if (d := job.directory) in self.handles}
         shown: dict[str, int] = {}
+        total = len(missed)
         while missed:
             time.sleep(self.poll)
             queue = states(mine=True)
             told = {d: self._told(d, queue) for d in missed}
             counts = {s: list(told.values()).count(s) for s in ("queued", "running")}
-            counts["ended"] = len(self.handles) - sum(counts.values())
+            counts["ended"] = total - sum(counts.values())
             if queue is not None and counts != shown:
                 shown = counts
                 logger.info("SLURM: %s", ", ".join(f"{n} {s}" for s, n in counts.items() if n))
