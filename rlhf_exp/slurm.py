@@ -37,7 +37,7 @@ OF_SBATCH = (
     "array_parallelism", "signal_delay_s",
 )  # fmt: skip
 GONE_AFTER = 3  # looks at the queue that must miss a job before it counts as gone
-OUTER = re.compile("SLURM_CONF$|SBATCH_|SLURM_CLUSTERS$")  # kept when a job submits others
+OUTER = ("SLURM_CONF", "SLURM_CLUSTERS")  # of the cluster, not of the job that submits others
 
 
 @dataclass(kw_only=True)
@@ -316,7 +316,7 @@ def _copy_code(folder: Path) -> Path:
 @contextmanager
 def _outside_of_a_job() -> Iterator[None]:
     """Hide the variables of the job that submits, if it is one itself, but not its cluster's."""
-    inner = {k for k in os.environ if k.startswith("SLURM_") and not OUTER.match(k)}
+    inner = {k for k in os.environ if k.startswith("SLURM_") and k not in OUTER}
     hidden = {k: os.environ.pop(k) for k in inner} if "SLURM_JOB_ID" in os.environ else {}
     try:
         yield

@@ -140,6 +140,14 @@ def says(sentence: str, *fragments: str) -> None:
     assert len(sentence) < 700, sentence
 
 
+def worker_of(directory: Path) -> int:
+    """The process id of the worker of a run."""
+    found = subprocess.run(
+        ["pgrep", "-f", f"rlhf_exp.worker {directory}$"], capture_output=True, text=True, check=True
+    )
+    return int(found.stdout.split()[0])
+
+
 def not_finished(directory: Path) -> None:
     """Take back what a run writes last."""
     about = json.loads((directory / "run.json").read_text())

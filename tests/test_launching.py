@@ -5,19 +5,19 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
+from cluster import until
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.utils import JobStatus
 from hydra.utils import get_class
 from omegaconf import DictConfig
-from runs import DebugRun, command, command_line, contents, environment, rows, the_error
+from runs import DebugRun, command, command_line, contents, environment, rows, the_error, worker_of
 
 from rlhf_exp import runs
 from rlhf_exp.checkpoints import Checkpoints
@@ -207,13 +207,13 @@ def test_a_sweep_of_twelve_that_is_killed_is_completed_by_the_same_command(
         command(*asked_for), cwd=tmp_path, env=environment(), stderr=subprocess.DEVNULL
     )
     try:
-        wait_for(lambda: (folder / "1/checkpoints/step-000001").exists())
-        os.kill(_process_of(folder / "1"), signal.SIGKILL)
-        wait_for(lambda: (folder / "4/checkpoints/step-000001").exists())
+        until(lambda: (folder / "1/checkpoints/step-000001").exists())
+        os.kill(worker_of(folder / "1"), signal.SIGKILL)
+        until(lambda: (folder / "4/checkpoints/step-000001").exists())
     finally:
         first.kill()
         first.wait()
-    wait_for(lambda: "running" not in [run.state for run in runs.sweep(folder)])
+    until(lambda: "running" not in [run.state for run in runs.sweep(folder)])
     states = [run.state for run in runs.sweep(folder)]
     assert states[1] == "failed"
     assert {"finished", "partial", "missing"} <= set(states)
@@ -241,20 +241,6 @@ def test_a_sweep_of_twelve_that_is_killed_is_completed_by_the_same_command(
         "final_gold.png",
     }
     assert (folder / "0" / "output.log").read_text().count("gold was highest") == 1
-
-
-def wait_for(done: Any, patience: float = 120) -> None:
-    deadline = time.monotonic() + patience
-    while not done():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
-def _process_of(directory: Path) -> int:
-    found = subprocess.run(
-        ["pgrep", "-f", f"rlhf_exp.worker {directory}$"], capture_output=True, text=True, check=True
-    )
-    return int(found.stdout.split()[0])
 
 
 WHERE = """

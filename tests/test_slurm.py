@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from cluster import Cluster, missing, until
-from runs import command, command_line, environment, rows, timeless, weights
+from runs import command, command_line, environment, rows, timeless, weights, worker_of
 
 from rlhf_exp.artifacts import verify
 
@@ -173,7 +173,7 @@ def test_a_killed_job_is_told_of_and_goes_on_when_asked_again(
     directory = tmp_path / "sweep" / "0"
     with watching(tmp_path, *asked(artifacts, *long)) as waiting:
         until(lambda: list((directory / "checkpoints").glob("step-000002*")))
-        os.kill(_process_of(directory), signal.SIGKILL)
+        os.kill(worker_of(directory), signal.SIGKILL)
         _, err = waiting.communicate(timeout=60)
     assert waiting.returncode == 1, err
     assert "as FAILED (NonZeroExitCode), 127.0.0.1: task 0: Killed, and it left no result" in err
@@ -184,14 +184,6 @@ def test_a_killed_job_is_told_of_and_goes_on_when_asked_again(
     assert "1 failed, 1 to do" in done.stdout + done.stderr
     assert weights(directory) == weights(tmp_path / "whole")
     assert timeless(directory / "metrics.jsonl") == timeless(tmp_path / "whole" / "metrics.jsonl")
-
-
-def _process_of(directory: Path) -> int:
-    """The worker of a run."""
-    found = subprocess.run(
-        ["pgrep", "-f", f"rlhf_exp.worker {directory}$"], capture_output=True, text=True, check=True
-    )
-    return int(found.stdout.split()[0])
 
 
 def test_a_preempted_run_goes_on_and_ends_with_the_same_bytes(

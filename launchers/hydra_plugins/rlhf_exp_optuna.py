@@ -12,7 +12,7 @@ from hydra.core.utils import JobReturn
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
 
 
 class OptunaSweeper(Sweeper):
@@ -52,6 +52,7 @@ class OptunaSweeper(Sweeper):
                 "hydra/sweeper=optuna needs the package optuna: pip install 'rlhf_exp[optuna]'"
             ) from None
         from rlhf_exp.config import check_fields
+        from rlhf_exp.launching import Points
         from rlhf_exp.search.search import Search
         from rlhf_exp.search.settings import Settings
 
@@ -64,7 +65,7 @@ class OptunaSweeper(Sweeper):
         search = Search(
             settings=Settings(**plain),
             parse=self._parse,
-            compose=self._compose,
+            compose=Points(self.loader, self.config),
             launch=self.launcher.launch,
             directory=directory,
         )
@@ -72,10 +73,3 @@ class OptunaSweeper(Sweeper):
 
     def _parse(self, lines: list[str]) -> list[Override]:
         return OverridesParser.create(config_loader=self.loader).parse_overrides(lines)
-
-    def _compose(self, overrides: list[str]) -> DictConfig:
-        """The config of a job, without Hydra's own part."""
-        config = self.loader.load_sweep_config(self.config, overrides)
-        with open_dict(config):
-            del config["hydra"]
-        return config
