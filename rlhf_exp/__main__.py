@@ -39,6 +39,10 @@ def main(config: DictConfig) -> Any:
     directory = Path(hydra_config.runtime.output_dir)
     _check_groups(hydra_config.runtime.choices, hydra_config.mode == RunMode.MULTIRUN)
     require(config.sweep, ("run", "status"), "sweep")
+    if list(config.stages) in (["report"], ["compare"]):
+        if code := guarded(lambda: of_stored_runs(config, directory)):
+            processes.leave(code)
+        return None
     if config.sweep == "status":
         print(status(Path(config.runs)))
         return None
@@ -83,6 +87,20 @@ def run(config: DictConfig, directory: Path) -> None:
     hardware.launch(directory)
 
 
+def of_stored_runs(config: DictConfig, directory: Path) -> None:
+    """The stages that look at runs which were done before."""
+    plain = asked(config)
+    if config.stages[0] == "report":
+        print(build(plain["report"], "report").write([plain["runs"]], directory))
+        return
+    from rlhf_exp.report import compare
+
+    for key in ("run", "against"):
+        if plain[key] is None:
+            raise ValueError(f"stages=[compare] compares two runs: add {key}=<run directory>")
+    compare.write(directory, Path(plain["run"]), Path(plain["against"]))
+
+
 def status(folder: Path) -> str:
     """A table of every run below `folder` and how it is."""
     from rlhf_exp import runs
@@ -110,18 +128,44 @@ def cli() -> None:
     """The command line, with errors as one sentence; under torchrun or srun, one of several."""
     if code := guarded(processes.join):
         processes.leave(code)
-    wanted = [a.removeprefix("resume=") for a in sys.argv[1:] if a.startswith("resume=")]
-    others = [a for a in sys.argv[1:] if not a.startswith("resume=")]
-    if wanted and not all(a.startswith(("hardware=", "hardware.")) for a in others):
-        sys.exit(
-            "error: resume=<run directory> takes its settings from the run; hardware alone may be "
-            "given anew beside it"
-        )
-    if wanted:
-        from rlhf_exp.worker import resume
-
-        processes.leave(guarded(lambda: resume(Path(wanted[0]).absolute(), others)))
+    given = sys.argv[1:]
+    if any(a.startswith("resume=") for a in given):
+        processes.leave(guarded(lambda: _resume(given)))
+    if "stages=[evaluate]" in given and any(a.startswith("run=") for a in given):
+        processes.leave(guarded(lambda: _evaluate(given)))
     processes.leave(guarded(compose_and_run))
+
+
+def _resume(given: list[str]) -> None:
+    """resume=<run directory>, and hardware if it is given anew."""
+    from rlhf_exp.worker import resume
+
+    directory, others = _stored("resume", given, ("hardware",))
+    resume(directory, others)
+
+
+def _evaluate(given: list[str]) -> None:
+    """stages=[evaluate] run=<run directory>, and other hardware or benchmarks."""
+    from rlhf_exp.worker import evaluate
+
+    others = [a for a in given if a != "stages=[evaluate]"]
+    directory, others = _stored("run", others, ("hardware", "evaluation"))
+    evaluate(directory, others)
+
+
+def _stored(key: str, given: list[str], free: tuple[str, ...]) -> tuple[Path, list[str]]:
+    """The directory that `key` names, and what is given beside it; ValueError unless that is of
+    the groups `free`.
+    """
+    wanted = [a.removeprefix(f"{key}=") for a in given if a.startswith(f"{key}=")]
+    others = [a for a in given if not a.startswith(f"{key}=")]
+    starts = tuple(f"{group}{mark}" for group in free for mark in "=.")
+    if not all(a.startswith(starts) for a in others):
+        raise ValueError(
+            f"{key}=<run directory> takes its settings from the run; {' and '.join(free)} alone "
+            "may be given anew beside it"
+        )
+    return Path(wanted[0]).absolute(), others
 
 
 def _use_our_own() -> None:

@@ -35,6 +35,9 @@ class Root:
     plan: Any  # true, false or force
     planning: Any
     runs: str
+    arm: str | None  # a name in reports
+    run: str | None
+    against: str | None
     sweep: str  # run or status
     data: Any
     policy: Any

@@ -12,7 +12,7 @@ Left out: sampling on a server of its own (vLLM); what it writes can be read.
 import json
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -22,7 +22,7 @@ import torch
 
 from rlhf_exp.data.local import each_row, text_column
 from rlhf_exp.policy import Policy
-from rlhf_exp.rewards import score
+from rlhf_exp.rewards import Scores, score
 
 
 @dataclass(kw_only=True)
@@ -158,9 +158,9 @@ def score_rewards(rows: list[Generated], reward: Any) -> None:
             setattr(row, name, {k: v[i] for k, v in pieces.items()} or None)
 
 
-def score_gold(rows: list[Generated], gold: Any) -> None:
-    """Fill in `gold_scores`."""
-    found = score(gold, *_flat(rows), "gold").objective.tolist()
+def score_gold(rows: list[Generated], gold: Any, asked: Callable[..., Scores] = score) -> None:
+    """Fill in `gold_scores`; `asked` as `rewards.ask` where one process of several does it."""
+    found = asked(gold, *_flat(rows), "gold").objective.tolist()
     for row, scores in zip(rows, _cut(found, [len(r.generations) for r in rows]), strict=True):
         row.gold_scores = scores
 

@@ -11,7 +11,7 @@ import os
 import random
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,10 +29,12 @@ from rlhf_exp.generated import (
     block_size,
     blocks,
     draw,
+    each_generated,
     score_gold,
     score_rewards,
 )
 from rlhf_exp.policy import Policy
+from rlhf_exp.rewards import ask
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +81,22 @@ class PoolFile:
         self.path.touch()
         self.manifest |= {"rows": self.rows, "sha256": file_hash(self.path)}
         write_json(self.note, self.manifest)
+
+
+def judge(path: Path, gold: Callable[[], Any]) -> None:
+    """Have the gold score the completions of a pool that have no gold scores, if there are any; by
+    this process alone.
+    """
+    if all(row.gold_scores is not None for row in each_generated(path)):
+        return
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("w", encoding="utf-8") as file:
+        for row in each_generated(path):
+            if row.gold_scores is None:
+                score_gold([row], gold(), ask)
+            file.write(row.line())
+    temporary.replace(path)
+    write_json(manifest_of(path), read_manifest(path) | {"sha256": file_hash(path)})
 
 
 def manifest_of(path: Path) -> Path:

@@ -31,6 +31,7 @@ from rlhf_exp import lease, processes, runs
 from rlhf_exp.artifacts import write_json
 from rlhf_exp.choices import require
 from rlhf_exp.config import build, check, check_node, conf_directory, resolved
+from rlhf_exp.hardware.forks import POSSIBLE, Fork, preload
 from rlhf_exp.hardware.launch import handling, start
 from rlhf_exp.objective import outcome
 from rlhf_exp.report import sweep
@@ -39,7 +40,14 @@ logger = logging.getLogger(__name__)
 
 BEING_DONE = ("running", "queued")  # states of runs that somebody sees to
 LEFT_ALONE = ("finished", *BEING_DONE)
-UNSAID = ("plan", "planning", "runs", "sweep")  # keys that are none of the run's business
+UNSAID = (
+    "plan",
+    "planning",
+    "runs",
+    "sweep",
+    "run",
+    "report",
+)  # keys that are none of the run's business
 SWEEPS = (
     "a sweep starts the processes of its jobs itself: run it with -m and without torchrun or "
     "srun, or one run with them"
@@ -317,6 +325,13 @@ class Sweeping(Launcher):
         print(f"table and figures: {folder / 'sweep.md'}")
 
 
+def chosen(arms: dict[str, list[str]], only: Sequence[str] | None) -> list[str]:
+    """The names of the arms to be done; ValueError for one that is none."""
+    for name in only or ():
+        require(name, arms, "hydra.sweeper.only")
+    return [name for name in arms if only is None or name in only]
+
+
 def slurm_states() -> dict[str, str] | None:
     """What SLURM says of jobs, if there is one and it answers."""
     from rlhf_exp.slurm import states
@@ -378,6 +393,7 @@ class Local(Sweeping):
     """Jobs on this machine, each in a process of its own, `jobs` of them at a time."""
 
     jobs: int
+    fork: bool  # one-process jobs on the CPU, from this process; false: each imports for itself
 
     def check(self) -> None:
         if self.jobs < 1:
@@ -393,6 +409,8 @@ class Local(Sweeping):
     def do(self, jobs: list[Job]) -> None:
         """Start, and wait. A signal reaches the jobs that run, and no other is started."""
         waiting, working, received = list(jobs), {}, []
+        if any(map(self._forks, jobs)):
+            preload()
 
         def hand_on(number: int, _frame: Any) -> None:
             received.append(number)
@@ -416,12 +434,18 @@ class Local(Sweeping):
             return {}
         logger.info("#%d: %s", job.number, " ".join(filter_overrides(job.overrides)))
         print(f"run directory: {job.directory}", file=sys.stderr)
+        begin = Fork if self._forks(job) else start
         if self.jobs == 1:
-            return {start(job.directory, {}): job}
+            return {begin(job.directory, {}): job}
         cores = max(1, (os.cpu_count() or 1) // self.jobs)
         threads = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(cores)}
         with (job.directory / "output.log").open("ab") as file:
-            return {start(job.directory, threads, file.fileno()): job}
+            return {begin(job.directory, threads, file.fileno()): job}
+
+    def _forks(self, job: Job) -> bool:
+        """Whether the job is a fork of this process."""
+        hardware = build(job.plain["hardware"], "hardware")
+        return self.fork and POSSIBLE and hardware.kind == "cpu" and not hardware.grouped
 
 
 def _tell_if_killed(job: Job, code: int, stopped: bool) -> None:

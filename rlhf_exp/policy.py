@@ -276,7 +276,7 @@ class Policy:
         self, source: Path | str, *, trainable: bool = False, device: str | torch.device = "cpu"
     ) -> None:
         """Load tokenizer and weights; `trainable` also freezes or adapts as configured."""
-        self._open(source)
+        self.open(source)
         self.source = str(source)
         model = weights.load_causal_lm(
             source, self.dtype, self.tokenizer, self.quantization, device, self.attention
@@ -300,7 +300,7 @@ class Policy:
             weights.freeze_bottom(model, self.train_top)
         return model
 
-    def _open(self, source: Path | str) -> None:
+    def open(self, source: Path | str) -> None:
         """Tokenizer, and what a policy of ours was saved with: the adapter, or else the weights."""
         saved = weights.saved_settings(self.adapter) if self.adapter is not None else {}
         self.tokenizer = weights.load_tokenizer(
@@ -333,7 +333,7 @@ class Policy:
         """Load the tokenizer alone and refuse prompts that are empty or leave no room for a
         completion.
         """
-        self._open(source)
+        self.open(source)
         tokens.lint(self.tokenizer, prompts[:8], chat=self.chat)
         tokens.check_lengths(
             self.encode(prompts), prompts, weights.context_length(source), self.max_new_tokens

@@ -5,11 +5,12 @@ finished artifact is reused, so the second command on a machine starts at `align
 itself: what it makes does not depend on whether the stages before it were made or found.
 """
 
+import gc
 import json
 import logging
 import platform
 import subprocess
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from datetime import UTC, datetime
 from functools import cache, cached_property
 from importlib import metadata
@@ -23,7 +24,8 @@ from rlhf_exp.artifacts import Store, write_directory, write_json
 from rlhf_exp.choices import require
 from rlhf_exp.config import build, last_hardware
 from rlhf_exp.data.rows import Dataset
-from rlhf_exp.evaluation.scoring import Evaluator, summary
+from rlhf_exp.evaluation.scoring import Evaluator, settle
+from rlhf_exp.evaluation.summary import summary
 from rlhf_exp.export import Export
 from rlhf_exp.hardware import Hardware
 from rlhf_exp.hardware.engine import whole
@@ -36,15 +38,23 @@ from rlhf_exp.runs import config_fingerprint
 from rlhf_exp.samplers import Sampler
 from rlhf_exp.samplers.local import Local
 from rlhf_exp.tracking import Log
-from rlhf_exp.trial import Trial, seed_everything
+from rlhf_exp.trial import Look, Looked, Trial, seed_everything
 
 logger = logging.getLogger(__name__)
 
 STAGES = (
     "prepare", "sft", "preferences", "reward", "generate", "merge", "align", "evaluate", "export",
+    "compare",
 )  # fmt: skip
-NO_POLICY = {"prepare", "merge", "export"}  # need no policy of this config
-ALONE = ("prepare", "generate", "merge", "evaluate", "export")  # done by the main process
+NO_POLICY = {"prepare", "merge", "export", "compare"}  # need no policy of this config
+ALONE = (
+    "prepare",
+    "generate",
+    "merge",
+    "evaluate",
+    "export",
+    "compare",
+)  # done by the main process
 
 
 def describe(config: dict[str, Any]) -> dict[str, Any]:
@@ -93,10 +103,10 @@ class Stages:
             k: build(v, k) for k, v in nodes.items() if isinstance(v, dict) and "_target_" in v
         }
         self.policy: Policy = built["policy"]
-        self.source, self.labeller, self.reward, self.gold = (
-            built[k] for k in ("data", "labeller", "reward", "gold")
-        )
-        self.algo, self.sft_settings, self.tracker = built["algo"], built["sft"], built["tracker"]
+        self.source, self.labeller, self.gold = (built[k] for k in ("data", "labeller", "gold"))
+        self.reward: Any = built["reward"]
+        self.algo: Any = built["algo"]
+        self.sft_settings, self.tracker = built["sft"], built["tracker"]
         self.settings, self.evaluation, self.checkpoints = (
             built[k] for k in ("preferences", "evaluation", "checkpoints")
         )
@@ -108,6 +118,8 @@ class Stages:
             raise ValueError(f"seed={config['seed']} must be between 0 and 2**32 - 1")
         if config["show_every"] is not None and config["show_every"] < 1:
             raise ValueError(f"show_every={config['show_every']} must be at least 1")
+        if "compare" in config["stages"] and config.get("against") is None:
+            raise ValueError("stages=[..., compare] needs the run to compare with: add against=")
         self.store = Store(Path(config["artifacts"]).expanduser().absolute())
         self.data_spec = {"config": config["data"], "files": self.source.identity()}
         self.policy.identity()  # a path that leads nowhere ends the run here
@@ -137,6 +149,37 @@ class Stages:
         self.reward.check(self.fitting)
         if "align" in config["stages"]:
             self.hardware.check_training(self.policy, self.algo)
+            self._check_gold()
+
+    def _check_gold(self) -> None:
+        """Refuse settings that watch the gold while the policy trains, if it is asked later."""
+        if self.evaluation.gold == "during":
+            return
+        watched = {"checkpoints.best": self.checkpoints.best}
+        if self.pruning is not None:
+            watched["pruning.metric"] = self.pruning.metric
+        for key, metric in watched.items():
+            if metric in ("reward/gold", "win/start"):
+                raise ValueError(
+                    f"{key}={metric} watches the gold while the policy trains, and "
+                    "evaluation.gold=after asks it later: set evaluation.gold=during, or watch "
+                    "reward/proxy"
+                )
+
+    def look(self) -> None:
+        """Evaluate the run as it stands, whatever has become of it: its newest checkpoint, if it
+        was not, and what the gold has not judged.
+        """
+        if not self.directory.joinpath("policy").exists():
+            if not self.algo.trains:
+                raise ValueError(
+                    f"{self.directory} was interrupted, and its algorithm trains nothing: continue "
+                    f"it with resume={self.directory}"
+                )
+            self._fit_rewards()
+            with frozen.placed(self.hardware.frozen):
+                self._align(Look)
+        processes.first(self.run_evaluate)
 
     def run(self) -> None:
         """Do the stages asked for."""
@@ -291,19 +334,21 @@ class Stages:
         with frozen.placed(self.hardware.frozen):
             self._align()
 
-    def _align(self) -> None:
+    def _align(self, kind: type[Trial] = Trial) -> None:
         seed_everything(self.config["seed"])  # adapters and value heads are drawn from here on
         self.policy.load(self.start, trainable=True, device=self.device)
         self.sampler.open(self.directory)
         self.policy.sampler = self.sampler
         self.reward.load(self.device)
-        self.gold.load(self.device)
+        gold = self.gold if self.evaluation.gold == "during" else None
+        if gold is not None:
+            gold.load(self.device)
         accelerator = self.hardware.accelerator()
         self.policy.whole = lambda: whole(accelerator)
         self.policy.precision = precision.Autocast(
             self.hardware.mixed_precision, self.hardware.kind
         )
-        trial = Trial(
+        trial = kind(
             directory=self.directory,
             seed=self.config["seed"],
             accelerator=accelerator,
@@ -311,7 +356,12 @@ class Stages:
             log=Log(self.directory, self.tracker, show_every=self.config["show_every"]),
             checkpoints=self.checkpoints,
             evaluator=Evaluator(
-                self.evaluation, self.data.held_out, self.reward, self.gold, self.directory
+                self.evaluation,
+                self.data.held_out,
+                self.reward,
+                gold,
+                self.directory,
+                self.data.answers,
             ),
             pairs=lambda: self.pairs,
             labeller=self._loaded_labeller,
@@ -320,6 +370,12 @@ class Stages:
             peak_tflops=self.hardware.peak_tflops,
         )
         self.checkpoints.open(self.directory)
+        with suppress(Looked):
+            self._train(trial)
+        self.hardware.release(accelerator)
+
+    def _train(self, trial: Trial) -> None:
+        """Let the algorithm do its work, and save what comes out."""
         trial.log.tracker.start(self.config, self.directory)
         with trial.listening():
             self.algo.run(self.policy, self.reward, self.data, trial)
@@ -332,7 +388,6 @@ class Stages:
                     lambda f: self.policy.save(f, self._model_card()),
                     {"run": self.about["fingerprint"]},
                 )
-        self.hardware.release(accelerator)
 
     def _fit_rewards(self) -> None:
         """Find what the stage reward made, in this run or an earlier one."""
@@ -347,8 +402,11 @@ class Stages:
         return model_card(self.about, summary(self.directory))
 
     def run_evaluate(self) -> None:
+        self._settle()
         if not (self.directory / "evaluation").exists():
-            raise ValueError("there is nothing to evaluate yet: add align to stages")
+            raise ValueError(
+                "there is nothing to evaluate yet: add align to stages, or name a run with run="
+            )
         from rlhf_exp.report.figures import draw
 
         table = summary(self.directory) | {
@@ -358,6 +416,37 @@ class Stages:
         draw(self.directory)
         write_json(self.directory / "summary.json", table)
         print(as_table(table))
+
+    def _settle(self) -> None:
+        """Have the gold judge what it has not seen; nothing else is in memory then."""
+
+        @cache
+        def gold() -> Any:
+            logger.info("the gold judges what was evaluated")
+            self._make_room()
+            self.gold.fit(self.fitting)
+            self.gold.load(self.device)
+            return self.gold
+
+        if hasattr(self.algo, "settle"):
+            self.algo.settle(gold, self.policy, self.directory, self.data.answers)
+        settle(self.directory, gold)
+
+    def _make_room(self) -> None:
+        """Let go of everything that training needed."""
+        self.policy.model = self.algo = self.reward = None
+        self.policy.whole = nullcontext
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def run_compare(self) -> None:
+        """This run beside config's `against`."""
+        from rlhf_exp.report import compare
+
+        against = self.config.get("against")
+        assert against is not None
+        compare.write(self.directory, self.directory, Path(against))
 
     def run_export(self) -> None:
         self.policy.model = None  # makes room

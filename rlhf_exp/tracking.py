@@ -214,7 +214,8 @@ class Log:
             "metrics.jsonl", [{"step": step} | {f"evaluation/{k}": v for k, v in metrics.items()}]
         )
         self.tracker.log({f"evaluation/{k}": v for k, v in metrics.items()}, step)
-        self.shown["gold"] = metrics["reward/gold"]
+        if "reward/gold" in metrics:  # unless it is asked later
+            self.shown["gold"] = metrics["reward/gold"]
 
     def say(self, text: str) -> None:
         """A line for the person watching, above the progress bar."""

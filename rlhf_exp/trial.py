@@ -27,6 +27,10 @@ from rlhf_exp.speed import Speed
 from rlhf_exp.tracking import Log
 
 
+class Looked(Exception):
+    """The newest state of a run was evaluated, which was all there was to do."""
+
+
 class Stopped(Exception):
     """A signal asked for a stop; the state is saved."""
 
@@ -83,12 +87,15 @@ class Trial:
             return 0
         step, state = found
         self.log.begin(step, steps)
-        with policy.whole():
-            algorithm.load_state(state["algorithm"])  # may make room in the policy: first
-            policy.load_trainable_state(state["policy"])
+        self._restore(policy, algorithm, state)
         states = state["random"]  # of every process
         set_random_state(states[processes.rank() % len(states)])
         return step
+
+    def _restore(self, policy: Policy, algorithm: Any, state: dict[str, Any]) -> None:
+        with policy.whole():
+            algorithm.load_state(state["algorithm"])  # may make room in the policy: first
+            policy.load_trainable_state(state["policy"])
 
     def log_step(
         self, step: int, rollouts: Rollouts, metrics: dict[str, float], seconds: dict[str, float]
@@ -155,6 +162,25 @@ class Trial:
         signals.received.append(number)
         again = "" if signals.requeues() else "; once more stops at once, without saving"
         self.log.say(f"stopping after this step (signal {number}){again}")
+
+
+class Look(Trial):
+    """A trial that only looks: the newest checkpoint is evaluated, if it was not before."""
+
+    def begin(self, policy: Policy, algorithm: Any, steps: int) -> int:
+        """Raises Looked; ValueError if there is no checkpoint."""
+        self.steps, self.sampler = steps, policy.sampler
+        found = self.checkpoints.latest()
+        if found is None:
+            raise ValueError(
+                f"{self.directory} has no checkpoint to evaluate: continue it with resume="
+                f"{self.directory}"
+            )
+        step, state = found
+        if not self.evaluator.written(step):
+            self._restore(policy, algorithm, state)
+            self.evaluator(step, policy, self.reference)
+        raise Looked
 
 
 def seed_everything(seed: int) -> None:

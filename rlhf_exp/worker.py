@@ -28,6 +28,7 @@ from rlhf_exp.lease import RUNNING, Busy, alive, working
 from rlhf_exp.pruning import EXIT_CODE
 
 PARENT = "RLHF_EXP_PARENT"  # process id of whoever a worker is not to outlive
+LOOK = "RLHF_EXP_LOOK"  # set: the run is evaluated as it stands, and nothing else is done
 FAILED = "failed.json"
 
 at_work: Path | None = None  # the directory of the run that this process does, once it does
@@ -37,8 +38,11 @@ def work(directory: Path) -> None:
     """Do the run in this process, or this process's part of it."""
     global at_work
     signals.listen()
-    _quiet_libraries()
+    quiet_libraries()
     with working(directory) if processes.main() else nullcontext():
+        if LOOK in os.environ:
+            _look(directory)
+            return
         if processes.first(lambda: _begin(directory)):
             return
         at_work = directory
@@ -49,13 +53,21 @@ def work(directory: Path) -> None:
     at_work = None
 
 
+def _look(directory: Path) -> None:
+    """Evaluate the run as it stands."""
+    _log_to(directory / "run.log")
+    from rlhf_exp.run import Stages
+
+    Stages(directory).look()
+
+
 def _begin(directory: Path) -> bool:
     """Whether the run was finished by somebody else meanwhile; else it begins (again)."""
     (directory / FAILED).unlink(missing_ok=True)
     return "finished" in asked_of(directory)
 
 
-def _quiet_libraries() -> None:
+def quiet_libraries() -> None:
     """Libraries report through our log or not at all."""
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # peft's
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -85,18 +97,18 @@ def _log_to(path: Path) -> None:
     logger.addHandler(file)
 
 
-def asked_of(directory: Path) -> dict[str, Any]:
+def asked_of(directory: Path, key: str = "resume") -> dict[str, Any]:
     """What run.json says; ValueError or FileNotFoundError if it is not one of ours."""
     if not (directory / "run.json").is_file():
         raise FileNotFoundError(
-            f"resume={directory}: no run.json there, so it is not a run directory of rlhf_exp"
+            f"{key}={directory}: no run.json there, so it is not a run directory of rlhf_exp"
         )
     try:
         about = json.loads((directory / "run.json").read_text())
         _ = about["config"].keys(), about["fingerprint"]
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(
-            f"resume={directory}: its run.json is damaged, so nothing can be resumed"
+            f"{key}={directory}: its run.json is damaged, so what it did is not known"
         ) from None
     return about
 
@@ -113,19 +125,9 @@ def resume(directory: Path, arguments: Sequence[str] = ()) -> None:
         raise ValueError(
             f"resume={directory}: this run is finished; its results are in summary.json"
         )
-    from rlhf_exp.config import build, last_hardware, overridden
+    from rlhf_exp.config import build
 
-    node = last_hardware(about)
-    if arguments and node is not None:
-        node = overridden("hardware", node, arguments)
-    hardware = build(node, "hardware") if node is not None else None
-    os.environ.update(hardware.env() if hardware is not None else {})
-    if hardware is None or not genuine(about):
-        raise ValueError(
-            f"resume={directory}: run.json was edited or comes from elsewhere (its fingerprint "
-            "does not fit)"
-        )
-    hardware.check()
+    node, hardware = _hardware_of(about, arguments, f"resume={directory}")
     if arguments:
         from rlhf_exp import precision
 
@@ -136,6 +138,48 @@ def resume(directory: Path, arguments: Sequence[str] = ()) -> None:
     if processes.main():
         (directory / "job.json").unlink(missing_ok=True)  # of an attempt under SLURM
     hardware.launch(directory)
+
+
+def _hardware_of(about: dict[str, Any], arguments: Sequence[str], what: str) -> tuple[Any, Any]:
+    """Node and object of the hardware a run had last, as `arguments` change it; ValueError where
+    the run is not genuine, or cannot be done here.
+    """
+    from rlhf_exp.config import build, last_hardware, overridden
+    from rlhf_exp.runs import genuine
+
+    node = last_hardware(about)
+    if arguments and node is not None:
+        node = overridden("hardware", node, arguments)
+    hardware = build(node, "hardware") if node is not None else None
+    os.environ.update(hardware.env() if hardware is not None else {})
+    if hardware is None or not genuine(about):
+        raise ValueError(
+            f"{what}: run.json was edited or comes from elsewhere (its fingerprint does not fit)"
+        )
+    hardware.check()
+    return node, hardware
+
+
+def evaluate(directory: Path, arguments: Sequence[str] = ()) -> None:
+    """Evaluate the run in `directory` as it stands, finished or not: its newest checkpoint, if it
+    was not, what the gold has not judged, and benchmarks. `arguments` change hardware and
+    evaluation (of which only the benchmarks count).
+    """
+    from rlhf_exp.config import overridden
+
+    about = asked_of(directory, "run")
+    benchmarks = [a for a in arguments if a.startswith("evaluation")]
+    others = [a for a in arguments if a not in benchmarks]
+    _, hardware = _hardware_of(about, others, f"run={directory}")
+    if benchmarks:
+        node = overridden("evaluation", about["config"]["evaluation"], benchmarks)
+        about["harness"] = node["harness"]
+        processes.first(lambda: write_json(directory / "run.json", about))
+    os.environ[LOOK] = "1"
+    try:
+        hardware.launch(directory)
+    finally:
+        del os.environ[LOOK]
 
 
 def guarded(call: Callable[[], object], directory: Path | None = None) -> int:

@@ -15,6 +15,7 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 
+from rlhf_exp import lease
 from rlhf_exp.__main__ import run
 from rlhf_exp.config import conf_directory
 from rlhf_exp.worker import guarded
@@ -141,11 +142,10 @@ def says(sentence: str, *fragments: str) -> None:
 
 
 def worker_of(directory: Path) -> int:
-    """The process id of the worker of a run."""
-    found = subprocess.run(
-        ["pgrep", "-f", f"rlhf_exp.worker {directory}$"], capture_output=True, text=True, check=True
-    )
-    return int(found.stdout.split()[0])
+    """The process id of the worker of a run that is being done."""
+    holder = lease.read(directory / lease.RUNNING)
+    assert holder is not None, f"nobody works on {directory}"
+    return holder.pid
 
 
 def not_finished(directory: Path) -> None:

@@ -43,7 +43,7 @@ def allocated(call: Any) -> float:
 def test_ppo_in_bfloat16(lora: dict[str, Any] | None, tiny_base: Any) -> None:
     algo = PPO(steps=1, batch=32, minibatch=32, token_budget=4096)
     policy = tiny_policy("llama", max_new_tokens=64, min_new_tokens=64, sample_batch=32, lora=lora)
-    policy._open(tiny_base("gpt2"))
+    policy.open(tiny_base("gpt2"))
     config = AutoConfig.for_model(
         "llama", vocab_size=32_000, bos_token_id=0, eos_token_id=0, **SHAPE
     )

@@ -10,7 +10,8 @@ from omegaconf import OmegaConf
 
 from rlhf_exp.algorithms.online import Online
 from rlhf_exp.config import Root, check_fields
-from rlhf_exp.evaluation.scoring import Evaluation, read_evaluations
+from rlhf_exp.evaluation.scoring import Evaluation
+from rlhf_exp.evaluation.summary import read_evaluations
 from rlhf_exp.policy import Rollouts
 from rlhf_exp.pruning import Pruned, Pruning, best_so_far, gave_up, give_up, reported
 from rlhf_exp.search.median import MedianStopping

@@ -11,19 +11,27 @@ copies the weights, which do not change.
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+from tqdm import tqdm
 
 from rlhf_exp import processes
 from rlhf_exp.artifacts import file_hash, fingerprint
 from rlhf_exp.data.rows import Dataset
-from rlhf_exp.evaluation.best_of_n import Curves, expected, kl_bon, read_scores, usable
-from rlhf_exp.evaluation.scoring import write_evaluation
+from rlhf_exp.evaluation.best_of_n import (
+    Curves,
+    expected,
+    kl_bon,
+    read_scores,
+    usable,
+    win_shares,
+)
+from rlhf_exp.evaluation.scoring import correct, write_evaluation
 from rlhf_exp.generated import (
     Generated,
     block_size,
@@ -33,7 +41,7 @@ from rlhf_exp.generated import (
     score_gold,
     score_rewards,
 )
-from rlhf_exp.generations import PoolFile
+from rlhf_exp.generations import PoolFile, judge, read_manifest
 from rlhf_exp.policy import Policy
 from rlhf_exp.rewards.ensemble import Ensemble
 from rlhf_exp.trial import Stopped, Trial
@@ -109,8 +117,9 @@ class BestOfN(Curves):
             rows = take(block)
             drawn = time.perf_counter()
             score_rewards(rows, reward)
-            if any(row.gold_scores is None for row in rows):
-                score_gold(rows, trial.evaluator.gold)
+            gold = trial.evaluator.gold  # None: it is asked later
+            if gold is not None and any(row.gold_scores is None for row in rows):
+                score_gold(rows, gold)
             seconds = {"sample": drawn - started, "score": time.perf_counter() - drawn}
             trial.log_metrics(step, _metrics(rows, seconds))
             pool.append([row for row in rows if row.index in missing])
@@ -118,15 +127,35 @@ class BestOfN(Curves):
             if (stopped := trial.stopped()) and step < steps:
                 raise Stopped(step, trial.directory, stopped)
         pool.finish()
-        processes.first(lambda: self._estimate(pool.path, folder, policy, trial))
+        answers = trial.evaluator.answers
+        if trial.evaluator.gold is not None:
+            processes.first(lambda: self._estimate(policy, trial.directory, answers))
 
-    def _estimate(self, pool: Path, folder: Path, policy: Policy, trial: Trial) -> None:
+    def settle(
+        self,
+        gold: Callable[[], Any],
+        policy: Policy,
+        directory: Path,
+        answers: Mapping[str, str],
+    ) -> None:
+        """Estimate from a finished run's pool what was not yet, as its gold was to be asked later;
+        `gold` loads it.
+        """
+        if (directory / "evaluation").exists():
+            return
+        judge(directory / "best_of_n" / "pool.jsonl", gold)
+        if not hasattr(policy, "tokenizer"):
+            policy.open(directory / "policy")
+        self._estimate(policy, directory, answers)
+
+    def _estimate(self, policy: Policy, directory: Path, answers: Mapping[str, str]) -> None:
         """All that follows from the pool."""
         from rlhf_exp.report.best_of_n import report
 
-        self.write(pool, folder)
-        self._evaluate(pool, policy, trial)
-        report([trial.directory], folder)
+        folder = directory / "best_of_n"
+        self.write(folder / "pool.jsonl", folder)
+        self._evaluate(folder / "pool.jsonl", policy, directory, answers)
+        report([directory], folder)
 
     def _source(
         self, policy: Policy, data: Dataset, trial: Trial
@@ -166,7 +195,9 @@ class BestOfN(Curves):
 
     # ---- the run's own table and figures
 
-    def _evaluate(self, pool: Path, policy: Policy, trial: Trial) -> None:
+    def _evaluate(
+        self, pool: Path, policy: Policy, directory: Path, answers: Mapping[str, str]
+    ) -> None:
         """evaluation/step-<n>.json: E_n by prompt, and as text the best of the first n drawn."""
         scores = read_scores(pool, self.big_n)
         ns = usable(self.ns, scores["gold"].shape[1], self.on_too_large)
@@ -178,16 +209,31 @@ class BestOfN(Curves):
         members = [v for k, v in values.items() if k.startswith("proxy/")]
         if members:
             values["variance"] = np.stack(members).var(0)
+        values["win"] = win_shares(scores["gold"])
+        if (right := _right(pool, answers, self.big_n)) is not None:
+            values["correct"] = right
         found = expected(proxy, values, ns)
         picks = np.stack([proxy[:, :n].argmax(1) for n in ns], 1)  # [P, len(ns)]
         lines = [f"{'n':>6} {'KL':>7} {'proxy':>8} {'gold':>8}   (KL nominal, in nats)"]
         for i, (n, texts) in enumerate(zip(ns, _picked(pool, picks, policy), strict=True)):
             columns = texts | {k: v[:, i].tolist() for k, v in found.items()}
             columns |= dict.fromkeys(("k1", "k3"), [kl_bon(n)] * len(picks))
-            means = write_evaluation(trial.evaluator.folder, n, columns, policy, trial.seed)
+            seed = read_manifest(pool)["spec"].get("seed", 0)
+            means = write_evaluation(directory / "evaluation", n, columns, policy, seed)
             gains = f"{means['reward/proxy']:8.3f} {means['reward/gold']:8.3f}"
             lines.append(f"{n:6} {kl_bon(n):7.3f} {gains}")
-        trial.log.say("\n" + "\n".join(lines))
+        tqdm.write("\n" + "\n".join(lines))
+
+
+def _right(pool: Path, answers: Mapping[str, str], big_n: int | None) -> np.ndarray | None:
+    """Whether each answer of the pool is the right one [P, N]; None where that is not known."""
+    found = []
+    for row in each_generated(pool):
+        texts = row.generations[:big_n]
+        if (right := correct(answers, [row.prompt] * len(texts), texts)) is None:
+            return None
+        found.append(right)
+    return np.array(found, float)
 
 
 def _picked(pool: Path, picks: np.ndarray, policy: Policy) -> list[dict[str, list[Any]]]:
@@ -222,10 +268,9 @@ def _metrics(rows: list[Generated], seconds: dict[str, float]) -> dict[str, floa
         values = [value for values in lists for value in values]
         return math.fsum(values) / len(values)
 
-    found = {
-        "reward/proxy": [r.rewards for r in rows],
-        "reward/gold": [r.gold_scores for r in rows],
-    }
+    found = {"reward/proxy": [r.rewards for r in rows]}
+    if all(row.gold_scores for row in rows):
+        found |= {"reward/gold": [r.gold_scores for r in rows]}
     if all(row.lengths and row.ended for row in rows):
         found |= {"length/mean": [r.lengths for r in rows], "length/ended": [r.ended for r in rows]}
     metrics = {name: mean(lists) for name, lists in found.items()}

@@ -98,6 +98,21 @@ def expected(
     return found
 
 
+def win_shares(gold: np.ndarray) -> np.ndarray:
+    """Of each answer, the share of its prompt's other answers that it beats, ties counting half:
+    what it wins against one draw from the policy. [P, N] -> [P, N], 0.5 where N is 1.
+    """
+    size = gold.shape[1]
+    if size == 1:
+        return np.full(gold.shape, 0.5)
+    ranked = np.sort(gold, 1)
+    below, upto = (
+        np.stack([np.searchsorted(r, g, side) for r, g in zip(ranked, gold, strict=True)])
+        for side in ("left", "right")
+    )
+    return (below + (upto - below - 1) / 2) / (size - 1)
+
+
 def evened(values: np.ndarray, ranked: np.ndarray) -> np.ndarray:
     """`values` with each replaced by the mean over its ties; both [P, N], sorted by `ranked`."""
     first = np.ones(ranked.shape, bool)

@@ -1,11 +1,13 @@
-"""What a policy is worth on held-out prompts: proxy, gold, KL to the start, lengths, diversity.
+"""What a policy is worth on held-out prompts: proxy, gold, KL to the start, win rate against it,
+lengths, diversity, repetition, perplexity, right answers.
 
 Evaluation draws from its own random generator, so evaluating more often does not change what is
-trained.
+trained. The gold may be asked later (`settle`), when the memory of training is free.
 """
 
 import json
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ import torch
 
 from rlhf_exp import losses
 from rlhf_exp.artifacts import write_json
+from rlhf_exp.choices import require
+from rlhf_exp.evaluation.summary import evaluation_files
 from rlhf_exp.evaluation.toxicity import expected_maximum_toxicity, toxicity_probability
 from rlhf_exp.policy import (
     MAX_ROLLOUT_TOKENS,
@@ -25,20 +29,28 @@ from rlhf_exp.policy import (
     cut,
 )
 from rlhf_exp.reference import Reference
-from rlhf_exp.rewards import score
+from rlhf_exp.rewards import Scores, ask, score
+from rlhf_exp.rewards.format import plain
 
-# What every evaluation has; the members of the reward come on top.
+# What a row may have, and the name of its mean; the members of the reward come on top.
 COLUMNS = {
     "proxy": "reward/proxy",
     "gold": "reward/gold",
+    "win": "win/start",
+    "correct": "task/accuracy",
     "k1": "kl/k1",
     "k3": "kl/k3",
+    "exact": "kl/exact",
     "length": "length/mean",
     "ended": "length/ended",
+    "repetition": "text/repetition",
 }
 DISTINCT = {f"text/distinct_{n}": n for n in (1, 2, 3)}
 INSANE = 1e4  # perplexities from here on are left out of the mean (Lu et al. 2022, Quark)
-METRICS = (*COLUMNS.values(), "reward/variance", *DISTINCT)
+NOT_ALWAYS = ("correct", "exact")
+METRICS = (  # that every run can be judged by
+    *(name for key, name in COLUMNS.items() if key not in NOT_ALWAYS), "reward/variance", *DISTINCT,
+)  # fmt: skip
 
 
 @dataclass(kw_only=True)
@@ -50,8 +62,14 @@ class Evaluation:
     prompts: int = 256  # held-out prompts used
     samples: int = 1  # completions per prompt
     seed: int = 1234  # draws the completions
+    exact_kl: bool = True  # the KL over the whole vocabulary, too, beside its estimates
+    # during: the gold judges each evaluation at once; after: when training has ended and its memory
+    # is free
+    gold: str = "during"
+    harness: Any = None  # benchmarks before and after training, or null
 
     def __post_init__(self) -> None:
+        require(self.gold, ("during", "after"), "evaluation.gold")
         if min(1 if self.every is None else self.every, self.prompts, self.samples) < 1:
             raise ValueError(
                 "evaluation.every, evaluation.prompts and evaluation.samples must be at least 1"
@@ -59,41 +77,87 @@ class Evaluation:
 
 
 class Evaluator:
-    """Writes evaluation/step-<k>.json, one row per completion, and returns the means."""
+    """Writes evaluation/step-<k>.json, one row per completion, and returns the means. A `gold` of
+    None is asked later; `answers` are the right ones, by prompt, where the data knows them.
+    """
 
     def __init__(
-        self, settings: Evaluation, prompts: list[str], proxy: Any, gold: Any, directory: Path
+        self,
+        settings: Evaluation,
+        prompts: list[str],
+        proxy: Any,
+        gold: Any,
+        directory: Path,
+        answers: Mapping[str, str] | None = None,
     ) -> None:
         self.settings, self.proxy, self.gold = settings, proxy, gold
         self.prompts = prompts[: settings.prompts]
+        self.answers = answers or {}
         self.folder = directory / "evaluation"
 
     def due(self, step: int, last: int) -> bool:
         every = self.settings.every or max(1, last // 6)
         return step % every == 0 or step == last
 
+    def written(self, step: int) -> bool:
+        """Whether there is an evaluation after `step` steps."""
+        return (self.folder / f"step-{step:06d}.json").exists()
+
     def __call__(self, step: int, policy: Policy, reference: Reference) -> dict[str, float]:
         with torch.random.fork_rng():
             torch.manual_seed(self.settings.seed)
             rollouts = policy.sample(self.prompts, self.settings.samples)
-        proxy = score(self.proxy, rollouts.prompts, rollouts.completions)
-        gold = score(self.gold, rollouts.prompts, rollouts.completions, "gold")
-        log_ratio, surprise = against_reference(policy, reference, rollouts)
-        zero = torch.zeros_like(log_ratio)
+        texts = rollouts.completions
+        proxy = score(self.proxy, rollouts.prompts, texts)
+        found = against_reference(policy, reference, rollouts, exact=self.settings.exact_kl)
+        zero = torch.zeros_like(found.log_ratio)
         columns: dict[str, Any] = {
             "prompt": rollouts.prompts,
-            "completion": rollouts.completions,
+            "completion": texts,
             "proxy": proxy.objective.tolist(),
-            "gold": gold.objective.tolist(),
             "length": rollouts.response.sum(1).tolist(),
             "ended": rollouts.ended.tolist(),
-            "perplexity": surprise.exp().tolist(),
+            "perplexity": found.surprise.exp().tolist(),
+            "repetition": [repetition(text) for text in texts],
         }
-        columns |= {k: losses.kl_estimate(log_ratio, zero, k).sum(1).tolist() for k in ("k1", "k3")}
+        for k in ("k1", "k3"):
+            columns[k] = losses.kl_estimate(found.log_ratio, zero, k).sum(1).tolist()
+        if found.exact is not None:
+            columns["exact"] = found.exact.sum(1).tolist()
         columns |= {f"proxy/{k}": v.tolist() for k, v in proxy.members.items()}
-        facets = gold.facets | proxy.facets
-        columns |= {f"facet/{k}": v.tolist() for k, v in facets.items()}
+        if right := correct(self.answers, rollouts.prompts, texts):
+            columns["correct"] = right
+        if self.gold is not None:
+            columns |= gold_columns(self.gold, rollouts.prompts, texts)
+        columns |= {f"facet/{k}": v.tolist() for k, v in proxy.facets.items()}
         return write_evaluation(self.folder, step, columns, policy, self.settings.seed)
+
+
+def gold_columns(
+    gold: Any,
+    prompts: list[str],
+    completions: list[str],
+    asked: Callable[..., Scores] = score,
+) -> dict[str, list[float]]:
+    """What the gold says of completions: its score, and what else it has to tell. `asked` as
+    `rewards.ask` where one process of several does it.
+    """
+    found = asked(gold, prompts, completions, "gold")
+    return {"gold": found.objective.tolist()} | {
+        f"facet/{k}": v.tolist() for k, v in found.facets.items()
+    }
+
+
+def correct(
+    answers: Mapping[str, str], prompts: list[str], completions: list[str]
+) -> list[bool] | None:
+    """Whether each completion is the right answer, up to space and punctuation around it; None
+    unless all prompts have one.
+    """
+    if not answers or any(prompt not in answers for prompt in prompts):
+        return None
+    told = zip(prompts, completions, strict=True)
+    return [plain(text) == plain(answers[prompt]) for prompt, text in told]
 
 
 def write_evaluation(
@@ -104,21 +168,73 @@ def write_evaluation(
         dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)
     ]
     sampling = {k: getattr(policy, k) for k in ("temperature", "top_k", "top_p", "max_new_tokens")}
+    return _write(folder, {"step": step, "seed": seed, "sampling": sampling}, rows)
+
+
+def _write(folder: Path, about: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Write an evaluation, with its win rate against the run's first one, and return the means."""
+    if "gold" in rows[0] and "win" not in rows[0]:
+        first = next((e for e in evaluation_files(folder)), None)
+        start = None if first is None else json.loads(first.read_text())
+        before = rows if start is None or start["step"] >= about["step"] else start["rows"]
+        for row, win in zip(rows, wins(rows, before), strict=True):
+            row["win"] = win
     means = summarise(rows)
-    about = {"step": step, "seed": seed, "sampling": sampling}
-    write_json(folder / f"step-{step:06d}.json", about | {"metrics": means, "rows": rows})
+    write_json(folder / f"step-{about['step']:06d}.json", about | {"metrics": means, "rows": rows})
     return means
+
+
+def wins(rows: list[dict[str, Any]], others: list[dict[str, Any]]) -> list[float]:
+    """Of each row, the share of the `others` with its prompt that it beats by gold; a tie counts
+    half.
+    """
+    gold: dict[str, list[float]] = {}
+    for other in others:
+        gold.setdefault(other["prompt"], []).append(other["gold"])
+    return [
+        math.fsum((row["gold"] > g) + (row["gold"] == g) / 2 for g in gold[row["prompt"]])
+        / len(gold[row["prompt"]])
+        for row in rows
+    ]
+
+
+def settle(directory: Path, gold: Callable[[], Any]) -> None:
+    """Have the gold judge the evaluations of a run that it has not seen, by this process alone; it
+    is not loaded if there are none.
+    """
+    for path in evaluation_files(directory / "evaluation"):
+        about = json.loads(path.read_text())
+        rows = about.pop("rows")
+        if "gold" in rows[0]:
+            continue
+        prompts, texts = ([row[k] for row in rows] for k in ("prompt", "completion"))
+        for name, values in gold_columns(gold(), prompts, texts, ask).items():
+            for row, value in zip(rows, values, strict=True):
+                row.setdefault(name, value)
+        _write(path.parent, about, rows)
+
+
+@dataclass
+class AgainstReference:
+    """Of each response token [n, r], zero elsewhere: log policy - log reference, and the exact KL
+    over the vocabulary unless it was not asked for; of each completion [n], its mean negative
+    log-likelihood under the reference. On the CPU, in nats.
+    """
+
+    log_ratio: torch.Tensor
+    surprise: torch.Tensor
+    exact: torch.Tensor | None
 
 
 @torch.no_grad()
 def against_reference(
-    policy: Policy, reference: Reference, rollouts: Rollouts
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """log policy - log reference of each response token [n, r], zero elsewhere, and the mean
-    negative log-likelihood of each completion under the reference [n]; on the CPU, in nats.
+    policy: Policy, reference: Reference, rollouts: Rollouts, *, exact: bool = False
+) -> AgainstReference:
+    """How far the policy has gone, on its own rollouts.
 
     The reference is asked as it was at the start, without what conditioning has put before the
-    prompts since.
+    prompts since. The sum of the exact KL over a completion's tokens estimates the same KL as k1
+    does, with less variance: only the completion is drawn, not each token's log ratio.
     """
     asked = rollouts
     if policy.prefix != reference.prefix:
@@ -133,11 +249,16 @@ def against_reference(
             losses.selective_log_softmax(x, batch.response_ids, policy.temperature)
             for x in (logits, ref_logits)
         )
-        return new - ref, -losses.selective_log_softmax(ref_logits, batch.response_ids)
+        found = new - ref, -losses.selective_log_softmax(ref_logits, batch.response_ids)
+        if not exact:
+            return found
+        rows = zip(logits, ref_logits, strict=True)  # one by one: copies of one at a time
+        return *found, torch.stack([losses.full_kl(x, y, policy.temperature) for x, y in rows])
 
     with policy.whole(), reference.ready():
-        found, nll = by_token(rollouts, MAX_ROLLOUT_TOKENS, ask)
-    return found.cpu(), (nll.sum(1) / rollouts.response.sum(1).clamp(min=1)).cpu()
+        log_ratio, nll, *kl = by_token(rollouts, MAX_ROLLOUT_TOKENS, ask)
+    surprise = (nll.sum(1) / rollouts.response.sum(1).clamp(min=1)).cpu()
+    return AgainstReference(log_ratio.cpu(), surprise, kl[0].cpu() if kl else None)
 
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, float]:
@@ -150,7 +271,8 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, float]:
     spread = [row.get("variance", np.var([row[m] for m in members] or [0.0])) for row in rows]
     facets = {k: k.replace("facet/", "reward/") for k in rows[0] if k.startswith("facet/")}
     sane = [row["perplexity"] for row in rows if row.get("perplexity", INSANE) < INSANE]
-    names = COLUMNS | {m: f"reward/{m}" for m in members} | facets
+    names = {k: v for k, v in COLUMNS.items() if k in rows[0]}
+    names |= {m: f"reward/{m}" for m in members} | facets
     texts = [row["completion"] for row in rows]
     return (
         {name: mean(key) for key, name in names.items()}
@@ -188,50 +310,10 @@ def distinct(texts: list[str], n: int) -> float:
     return len(set(grams)) / len(grams) if grams else 0.0
 
 
-def read_evaluations(directory: Path) -> list[dict[str, Any]]:
-    """All evaluations of a run, by step."""
-    return [
-        json.loads(p.read_text()) for p in sorted((directory / "evaluation").glob("step-*.json"))
-    ]
-
-
-def bootstrap_interval(
-    values: list[float], seed: int = 0, resamples: int = 2000
-) -> tuple[float, float]:
-    """95 % percentile bootstrap interval of the mean."""
-    x = np.asarray(values)
-    means = x[np.random.default_rng(seed).integers(0, len(x), (resamples, len(x)))].mean(1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(low), float(high)
-
-
-def _by_prompt(rows: list[dict[str, Any]], key: str) -> list[float]:
-    """Mean over each prompt's completions: those are not independent of each other."""
-    found: dict[str, list[float]] = {}
-    for row in rows:
-        found.setdefault(row["prompt"], []).append(row[key])
-    return [math.fsum(values) / len(values) for values in found.values()]
-
-
-def summary(directory: Path) -> dict[str, Any]:
-    """Before and after with 95 % intervals over held-out prompts, the change paired by prompt, and
-    the peak of gold.
+def repetition(text: str, n: int = 4) -> float:
+    """Share of a text's n-grams of words that were in it before, 0 to 1: seq-rep-n of Welleck et
+    al. 2020 (arXiv 1908.04319).
     """
-    evaluations = read_evaluations(directory)
-    first, last = evaluations[0], evaluations[-1]
-    table: dict[str, Any] = {"step": last["step"], "completions": len(last["rows"])}
-    for key, name in (("proxy", "proxy"), ("gold", "gold"), ("k1", "kl"), ("length", "length")):
-        before, after = (_by_prompt(e["rows"], key) for e in (first, last))
-        table["prompts"] = len(after)
-        change = [b - a for a, b in zip(before, after, strict=True)]
-        table[name] = {
-            side: {"mean": math.fsum(x) / len(x), "interval": bootstrap_interval(x)}
-            for side, x in (("before", before), ("after", after), ("change", change))
-        }
-    peak = max(evaluations, key=lambda e: e["metrics"]["reward/gold"])
-    table["gold_peak"] = {
-        "step": peak["step"],
-        "mean": peak["metrics"]["reward/gold"],
-        "kl": peak["metrics"]["kl/k1"],
-    }
-    return table
+    words = text.split()
+    grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0

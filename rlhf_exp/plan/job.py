@@ -85,4 +85,4 @@ def open_tokenizer(policy: Policy, texts: list[str]) -> None:
         weights.set_distinct_pad(policy.tokenizer)
         policy.prefix = policy.prefix or ""
         return
-    policy._open(source)
+    policy.open(source)

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rlhf_exp.evaluation.scoring import read_evaluations
+from rlhf_exp.evaluation.summary import read_evaluations
 
 LOOK: dict[Any, Any] = {
     "font.size": 9,

@@ -6,7 +6,7 @@ from typing import Any
 
 from rlhf_exp.runs import NO_MATTER, Run
 
-SEED = "seed"
+SEED, ARM = "seed", "arm"
 UNKNOWN = "-"
 GROUPS = {"gold": "reward@gold", "sft": "algo@sft"}  # nodes whose option is chosen by another name
 Settings = dict[str, str]
@@ -92,6 +92,7 @@ def _by_config(jobs: Sequence[Run]) -> list[Settings]:
 
     configs = {i: job.config for i, job in enumerate(jobs) if job.config}
     compare({i: {k: c[k] for k in c if k not in NO_MATTER} for i, c in configs.items()}, "")
+    columns[ARM] = [str(job.config.get(ARM) or UNKNOWN) for job in jobs]
     outer_first = sorted(columns, key=lambda name: name.count("."))
     return _settings({name: columns[name] for name in outer_first}, len(jobs))
 
@@ -104,8 +105,14 @@ def _kind(node: Any) -> Any:
 
 
 def _settings(columns: dict[str, list[str]], count: int) -> list[Settings]:
-    """The columns that are not the same all over, nor follow the seed, by job."""
-    seeds = columns.get(SEED, [])
+    """The columns that are not the same all over, nor follow the seed or the arm, by job."""
+    seeds, arms = columns.get(SEED, []), columns.get(ARM, [])
+
+    def told_by_arm(name: str) -> bool:
+        """Whether the name of the arm says it; then the arms' names say more than it does."""
+        if name == ARM or len(set(arms)) < 2 or UNKNOWN in arms:
+            return False
+        return len(set(zip(arms, columns[name], strict=True))) == len(set(arms))
 
     def follows(column: list[str]) -> bool:
         known = [(text, seed) for text, seed in zip(column, seeds, strict=False) if text != UNKNOWN]
@@ -114,7 +121,7 @@ def _settings(columns: dict[str, list[str]], count: int) -> list[Settings]:
     kept = {
         name: column
         for name, column in columns.items()
-        if len(set(column)) > 1 and (name == SEED or not follows(column))
+        if len(set(column)) > 1 and (name == SEED or not (follows(column) or told_by_arm(name)))
     }
     return [{name: column[i] for name, column in kept.items()} for i in range(count)]
 

@@ -182,7 +182,7 @@ def _errors(table: Sequence[Row]) -> list[str]:
 def counts(jobs: Sequence[Run]) -> str:
     """9 finished, 1 running, 1 failed, 1 missing"""
     found = Counter(job.state for job in jobs)
-    told = [f"{found[state]} {state}" for state in (*ORDER, "missing") if found[state]]
+    told = [f"{found[state]} {state}" for state in ORDER if found[state]]
     return ", ".join(told) or "no jobs"
 
 

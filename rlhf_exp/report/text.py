@@ -3,23 +3,34 @@
 import json
 from typing import Any
 
-ROWS = {"gold": "gold", "proxy": "proxy", "kl": "KL (nats)", "length": "tokens"}
+ROWS = {
+    "gold": "gold",
+    "proxy": "proxy",
+    "win_rate": "win rate",
+    "accuracy": "accuracy",
+    "kl": "KL (nats)",
+    "length": "tokens",
+}
 
 
 def as_table(summary: dict[str, Any]) -> str:
-    """Before -> after on the held-out prompts, with 95 % bootstrap intervals."""
+    """Before -> after on the held-out prompts, with 95 % bootstrap intervals; the win rate is the
+    share of prompts on which gold is above the start policy's.
+    """
     lines = [f"{'':10} {'before':>8} {'after':>8} {'change':>8}   95 % interval of the change"]
     for key, label in ROWS.items():
+        if key not in summary:
+            continue
         means = [summary[key][side]["mean"] for side in ("before", "after", "change")]
         low, high = summary[key]["change"]["interval"]
         lines.append(
             f"{label:10} " + " ".join(f"{m:8.3f}" for m in means) + f"   [{low:.3f}, {high:.3f}]"
         )
-    peak = summary["gold_peak"]
-    lines.append(
-        f"gold was highest at step {peak['step']} ({peak['mean']:.3f}, KL {peak['kl']:.1f}); "
-        f"{summary['completions']} completions"
-    )
+    counted = f"{summary['completions']} completions"
+    if peak := summary.get("gold_peak"):
+        where = f"step {peak['step']} ({peak['mean']:.3f}, KL {peak['kl']:.1f})"
+        counted = f"gold was highest at {where}; {counted}"
+    lines.append(counted)
     return "\n".join(lines)
 
 
