@@ -30,6 +30,7 @@ class Root:
     artifacts: str
     objective: Any
     show_every: int | None
+    figures: bool
     resume: str | None
     pruning: Pruning | None
     plan: Any  # true, false or force

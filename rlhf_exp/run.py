@@ -176,7 +176,7 @@ class Stages:
                     f"{self.directory} was interrupted, and its algorithm trains nothing: continue "
                     f"it with resume={self.directory}"
                 )
-            self._fit_rewards()
+            self.run_reward()
             with frozen.placed(self.hardware.frozen):
                 self._align(Look)
         processes.first(self.run_evaluate)
@@ -399,7 +399,8 @@ class Stages:
         return self.labeller
 
     def _model_card(self) -> str:
-        return model_card(self.about, summary(self.directory))
+        judged = (self.directory / "evaluation").exists()  # else the gold is asked later
+        return model_card(self.about, summary(self.directory) if judged else None)
 
     def run_evaluate(self) -> None:
         self._settle()
@@ -413,7 +414,8 @@ class Stages:
             "seed": self.config["seed"],
             "fingerprint": self.about["fingerprint"],
         }
-        draw(self.directory)
+        if self.config.get("figures", True):
+            draw(self.directory)
         write_json(self.directory / "summary.json", table)
         print(as_table(table))
 

@@ -27,7 +27,7 @@ ORDER = ("finished", "running", "queued", "pruned", "partial", "failed", "missin
 # settings that decide nothing of what comes out of a run
 NO_MATTER = (
     "artifacts", "tracker", "resume", "show_every", "objective", "pruning", "runs", "sweep",
-    "checkpoints", "arm", "run", "against", "report",
+    "checkpoints", "figures", "arm", "run", "against", "report",
 )  # fmt: skip
 IN_HARDWARE = ("timeout", "device_memory", "peak_tflops")  # the same, within hardware
 BEFORE = NO_MATTER[:4]  # those that older runs were named without

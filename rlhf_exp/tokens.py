@@ -3,9 +3,11 @@ before training.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 
 def encode_prompts(tokenizer, prompts: list[str], *, chat: bool) -> list[list[int]]:
@@ -102,6 +104,22 @@ def _lint_prompt(tokenizer, prompt: str, ids: list[int], chat: bool) -> None:
             f"{bare[:40]!r}), so the boundary "
             "between prompt and completion is unsafe: normalise the text or use another tokenizer"
         )
+
+
+def padded(rows: list[list[int]], tokenizer: Any) -> tuple[Tensor, Tensor]:
+    """Ids and mask [b, t] of `rows`, padded on the tokenizer's side; its own way there goes through
+    every number in Python.
+    """
+    columns = (
+        [torch.tensor(r) for r in rows],
+        [torch.ones(len(r), dtype=torch.long) for r in rows],
+    )
+    fill = tokenizer.pad_token_id, 0
+    ids, mask = (
+        pad_sequence(c, batch_first=True, padding_value=f, padding_side=tokenizer.padding_side)
+        for c, f in zip(columns, fill, strict=True)
+    )
+    return ids, mask
 
 
 def last_token(mask: Tensor) -> Tensor:

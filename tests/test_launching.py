@@ -17,7 +17,17 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.utils import JobStatus
 from hydra.utils import get_class
 from omegaconf import DictConfig
-from runs import DebugRun, command, command_line, contents, environment, rows, the_error, worker_of
+from runs import (
+    DebugRun,
+    command,
+    command_line,
+    contents,
+    environment,
+    rows,
+    same_outcome,
+    the_error,
+    worker_of,
+)
 
 from rlhf_exp import runs
 from rlhf_exp.checkpoints import Checkpoints
@@ -95,6 +105,28 @@ def test_runs_are_found_in_other_sweeps_too(sweep: Any, tmp_path: Path) -> None:
     assert [j["directory"] for j in noted] == [
         str(tmp_path / "multirun" / d) for d in ("2026-01-01/10-00-00/1", "2026-01-02/10-00-00/1")
     ]
+
+
+def test_each_arm_is_combined_with_what_is_swept() -> None:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra_plugins.rlhf_exp_launchers import GridSweeper
+
+    arms = {"free": ["algo=ppo", "algo.kl_coef=0"], "rest": ["algo=rest"], "idle": ["algo=sft"]}
+    sweeper = GridSweeper(None, arms=arms, only=["rest", "free"])
+    given = OverridesParser.create().parse_overrides(["seed=range(2)", "policy=tiny"])
+    assert sweeper.split_arguments(given, 3) == [
+        [
+            ["arm=free", "algo=ppo", "algo.kl_coef=0", "seed=0", "policy=tiny"],
+            ["arm=free", "algo=ppo", "algo.kl_coef=0", "seed=1", "policy=tiny"],
+            ["arm=rest", "algo=rest", "seed=0", "policy=tiny"],
+        ],
+        [["arm=rest", "algo=rest", "seed=1", "policy=tiny"]],
+    ]
+    clash = OverridesParser.create().parse_overrides(["algo=dpo"])
+    with pytest.raises(ValueError, match=r"^algo is what the arms.*hydra.sweeper.only=\[free\]"):
+        sweeper.split_arguments(clash, None)
+    with pytest.raises(ValueError, match=r"hydra.sweeper.only=rast.*rest"):
+        GridSweeper(None, arms=arms, only=["rast"]).split_arguments(given, None)
 
 
 def test_a_changed_setting_is_a_new_run_beside_the_old(sweep: Any, tmp_path: Path) -> None:
@@ -193,6 +225,16 @@ def test_points_are_composed_as_hydra_composes_them(sweep: Any, point: str) -> N
 
 
 # -------------------------------------------------------------------------------- the command line
+
+
+def test_a_forked_run_is_the_same_bit_for_bit(debug_run: DebugRun, tmp_path: Path) -> None:
+    """And it tells what it does in a log of its own, where several run at once."""
+    asked_for = ["-m", "experiment=debug", "seed=0,1", f"artifacts={debug_run.artifacts}"]
+    done = command_line(*asked_for, "hydra.sweep.dir=sweep", "hydra.launcher.jobs=2", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    same_outcome(tmp_path / "sweep/0", debug_run.directory)
+    assert "stage evaluate" in (tmp_path / "sweep/1/output.log").read_text()
+    assert not (tmp_path / "sweep/0/.running").exists()
 
 
 @slow

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,24 @@ def ran(folder: Path, gold: float, seed: int = 0, **config: Any) -> runs.Run:
 
 
 # ---------------------------------------------------------------------------------------- settings
+
+
+def test_an_arm_stands_for_the_settings_that_it_is_made_of() -> None:
+    """Whether the overrides tell, or the configs; what differs within an arm is named beside it."""
+    free = PPO | {"kl_coef": 0}
+    told = [
+        job(0, "arm=free", "algo=ppo", "algo.kl_coef=0", "seed=0", algo=free, arm="free"),
+        job(1, "arm=free", "algo=ppo", "algo.kl_coef=0", "seed=1", algo=free, arm="free", seed=1),
+        job(2, "arm=rest", "algo=rest", "seed=0", algo=REST, arm="rest"),
+        job(3, "arm=rest", "algo=rest", "seed=1", algo=REST, arm="rest", seed=1),
+    ]
+    expected = [{"arm": a, "seed": s} for a in ("free", "rest") for s in "01"]
+    assert differing(told) == expected
+    assert differing([replace(run, overrides=()) for run in told]) == expected
+    other = replace(told[3], config=told[3].config | {"reward": PAIRWISE | {"epochs": 9}})
+    other = replace(other, fingerprint="other")
+    plain = [replace(run, overrides=()) for run in [*told[:3], other]]
+    assert differing(plain)[3] == {"arm": "rest", "reward.epochs": "9", "seed": "1"}
 
 
 def test_settings_are_told_in_the_words_of_the_command_line() -> None:

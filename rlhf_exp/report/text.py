@@ -34,8 +34,8 @@ def as_table(summary: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def model_card(about: dict[str, Any], summary: dict[str, Any]) -> str:
-    """README.md of a saved policy."""
+def model_card(about: dict[str, Any], summary: dict[str, Any] | None) -> str:
+    """README.md of a saved policy, with what its run came to if that is known."""
     config = about["config"]
     algo, reward = (config[k]["_target_"].rsplit(".", 1)[-1] for k in ("algo", "reward"))
     start = (
@@ -53,7 +53,7 @@ Trained by rlhf_exp {about["versions"]["rlhf_exp"]} from {start},
 seed {about["seed"]}, run {about["fingerprint"]}.
 
 ```
-{as_table(summary)}
+{as_table(summary) if summary else "not evaluated yet: see summary.json of the run"}
 ```
 
 Proxy is the reward it was trained on, gold the reward it was not. Measured on held-out prompts

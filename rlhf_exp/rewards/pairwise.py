@@ -255,10 +255,9 @@ class Pairwise(Reward):
         scores = torch.empty(len(texts))
         with self.frozen.ready():
             for rows in tokens.batches_by_length(list(map(len, encoded)), self.token_budget):
-                padded = self.tokenizer.pad(
-                    {"input_ids": [encoded[i] for i in rows]}, return_tensors="pt"
-                ).to(self.frozen.device)
-                scores[rows] = self._forward(padded["input_ids"], padded["attention_mask"])
+                ids, mask = tokens.padded([encoded[i] for i in rows], self.tokenizer)
+                device = self.frozen.device
+                scores[rows] = self._forward(ids.to(device), mask.to(device))
         return (scores - self.mean) / self.std
 
     def _forward(self, ids: Tensor, mask: Tensor) -> Tensor:
