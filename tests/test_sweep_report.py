@@ -72,10 +72,10 @@ def test_an_arm_stands_for_the_settings_that_it_is_made_of() -> None:
     expected = [{"arm": a, "seed": s} for a in ("free", "rest") for s in "01"]
     assert differing(told) == expected
     assert differing([replace(run, overrides=()) for run in told]) == expected
-    other = replace(told[3], config=told[3].config | {"reward": PAIRWISE | {"epochs": 9}})
+    other = replace(told[3], config=told[3].config | {"reward": PAIRWISE | {"seed": 9}})
     other = replace(other, fingerprint="other")
     plain = [replace(run, overrides=()) for run in [*told[:3], other]]
-    assert differing(plain)[3] == {"arm": "rest", "reward.epochs": "9", "seed": "1"}
+    assert differing(plain)[3] == {"arm": "rest", "reward.seed": "9", "seed": "1"}
 
 
 def test_settings_are_told_in_the_words_of_the_command_line() -> None:
