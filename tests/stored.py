@@ -89,9 +89,7 @@ def _composed(*overrides: str) -> DictConfig:
         return compose("config", overrides=list(overrides))
 
 
-def _evaluation(
-    columns: Columns, prompts: Sequence[str] | None, samples: int
-) -> dict[str, Any]:
+def _evaluation(columns: Columns, prompts: Sequence[str] | None, samples: int) -> dict[str, Any]:
     given = {k: np.asarray(v) for k, v in columns.items() if k != "step"}
     count = max(values.size for values in given.values())
     names = prompts or [f"prompt {i}" for i in range(8 if count == 1 else count // samples)]

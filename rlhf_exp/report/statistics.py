@@ -60,7 +60,7 @@ class Difference:
 
     @property
     def verdict(self) -> Literal["higher", "lower", "open"]:
-        """"higher" and "lower" only where the interval excludes 0."""
+        """ "higher" and "lower" only where the interval excludes 0."""
         raise NotImplementedError
 
     @property
