@@ -266,6 +266,17 @@ def test_one_run_counts_once_and_a_usable_copy_stands_for_a_damaged_one(tmp_path
     assert left_out[1:] == [f"{third} is the same run as {second}"]
 
 
+def test_a_run_of_another_version_is_no_further_seed(tmp_path: Path) -> None:
+    first, second = one(tmp_path / "a"), one(tmp_path / "b")
+    config = configured()
+    del config["sampler"]
+    edited(first / "run.json", config=config, fingerprint=runs.config_fingerprint(config))
+    _, left_out = records.read([str(tmp_path)])
+    assert left_out == [
+        f"{second} has the settings and the seed of {first}, though another version wrote its config"
+    ]
+
+
 def test_directories_without_runs_and_damaged_sweeps_are_named(tmp_path: Path) -> None:
     one(tmp_path / "a")
     (tmp_path / "empty").mkdir()

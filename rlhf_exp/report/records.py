@@ -114,7 +114,7 @@ def read(patterns: Sequence[str]) -> tuple[list[Record], list[str]]:
     """
     left_out: list[str] = []
     found = [d for pattern in patterns for d in _matched(pattern, left_out)]
-    records = load(found, left_out)
+    records = _once(load(found, left_out), left_out)
     if not records:
         more = f" (and {len(left_out) - REASONS} more)" if len(left_out) > REASONS else ""
         asked, why = ", ".join(patterns), "; ".join(left_out[:REASONS])
@@ -140,6 +140,21 @@ def load(directories: Iterable[Path], left_out: list[str]) -> list[Record]:
         Record(settings=without_seed(settings), **parts)
         for settings, parts in zip(told, found.values(), strict=True)
     ]
+
+
+def _once(records: list[Record], left_out: list[str]) -> list[Record]:
+    """One run for each seed of an arm: a second one, of a config that an older version wrote with
+    fewer keys, is no further seed.
+    """
+    found: dict[tuple[str, str], Record] = {}
+    for record in records:
+        first = found.setdefault((record.arm, record.seed), record)
+        if first is not record:
+            left_out.append(
+                f"{record.run.directory} has the settings and the seed of {first.run.directory}, "
+                "though another version wrote its config"
+            )
+    return list(found.values())
 
 
 def _matched(pattern: str, left_out: list[str]) -> list[Path]:

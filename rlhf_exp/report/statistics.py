@@ -115,9 +115,13 @@ def iqm(values: np.ndarray) -> float:
     2108.13264, section 4.3), as scipy.stats.trim_mean cuts it: a quarter of the values, rounded
     down, from either end.
     """
-    from scipy.stats import trim_mean
+    return float(_middle(np.ravel(values)))
 
-    return float(trim_mean(np.ravel(values), 0.25))
+
+def _middle(values: np.ndarray) -> np.ndarray:
+    """Mean of the middle half over the last axis."""
+    cut = values.shape[-1] // 4
+    return np.sort(values, -1)[..., cut : values.shape[-1] - cut].mean(-1)
 
 
 def mean_of_means(strata: Sequence[np.ndarray]) -> np.ndarray:
@@ -127,9 +131,7 @@ def mean_of_means(strata: Sequence[np.ndarray]) -> np.ndarray:
 
 def iqm_of_all(strata: Sequence[np.ndarray]) -> np.ndarray:
     """A statistic for `stratified`: the interquartile mean of the runs of all strata together."""
-    from scipy.stats import trim_mean
-
-    return trim_mean(np.concatenate(list(strata), -1), 0.25, axis=-1)
+    return _middle(np.concatenate(list(strata), -1))
 
 
 def interval(
@@ -193,10 +195,10 @@ def crossed(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> np.ndarray:
-    """Bootstrap means [T, B] of tables [S, P] in which seeds and prompts are crossed: both are
-    drawn anew, independently of each other (the pigeonhole bootstrap: Owen 2007, Annals of Applied
-    Statistics 1(2)). Seeds are drawn for each table; tables with the same entry of `prompts` (all,
-    if None) share the prompts that are drawn.
+    """Bootstrap means [T, B, ...] of tables [S, P, ...] in which seeds and prompts are crossed:
+    both are drawn anew, independently of each other (the pigeonhole bootstrap: Owen 2007, Annals
+    of Applied Statistics 1(2), which errs to the wide side). Seeds are drawn for each table; tables
+    with the same entry of `prompts` (all, if None) share the prompts that are drawn.
     """
     keys = list(dict.fromkeys(prompts or [None]))
     named = prompts or [None] * len(tables)
@@ -204,7 +206,8 @@ def crossed(
     for i, (table, key) in enumerate(zip(tables, named, strict=True)):
         seeds = _counts(table.shape[0], resamples, (seed, 0, i))  # [B, S]
         asked = _counts(table.shape[1], resamples, (seed, 1, keys.index(key)))  # [B, P]
-        found.append((seeds * (asked @ table.T)).sum(1) / table.size)
+        sums = np.einsum("bs,bs...->b...", seeds, np.tensordot(asked, table, ([1], [1])))
+        found.append(sums / (table.shape[0] * table.shape[1]))
     return np.stack(found)
 
 
@@ -219,19 +222,32 @@ def _counts(size: int, resamples: int, seed: tuple[int, ...]) -> np.ndarray:
 
 def crossed_mean(table: np.ndarray, *, resamples: int = RESAMPLES, seed: int = 0) -> Estimate:
     """Mean of a table [S, P] with the interval of `crossed`; for one seed, over prompts only."""
-    return _crossed_mean([table], None, resamples, seed)
+    return crossed_means([table[..., None]], resamples=resamples, seed=seed)[0]
 
 
-def _crossed_mean(
-    tables: Sequence[np.ndarray], prompts: Sequence[Hashable] | None, resamples: int, seed: int
-) -> Estimate:
-    """Mean over tables of their means. If one has one seed, seeds stand still in all."""
-    seeds, asked = (min(table.shape[axis] for table in tables) for axis in (0, 1))
+def crossed_means(
+    tables: Sequence[np.ndarray],
+    prompts: Sequence[Hashable] | None = None,
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> list[Estimate]:
+    """Of tables [S, P, M] of M measures, the mean over tables of each. If one table has one seed,
+    seeds stand still in all.
+    """
+    seeds, asked = sizes(tables)
     if seeds == 1:
         tables = [table.mean(0, keepdims=True) for table in tables]
-    value = float(np.mean([table.mean() for table in tables]))
-    drawn = crossed(tables, prompts, resamples=resamples, seed=seed).mean(0)
-    return estimate(value, drawn, asked if seeds == 1 else seeds)
+    values = np.mean([table.mean((0, 1)) for table in tables], axis=0)  # [M]
+    drawn = crossed(tables, prompts, resamples=resamples, seed=seed).mean(0)  # [B, M]
+    count = asked if seeds == 1 else seeds
+    return [estimate(float(x), b, count) for x, b in zip(values, drawn.T, strict=True)]
+
+
+def sizes(tables: Sequence[np.ndarray]) -> tuple[int, int]:
+    """The fewest seeds and the fewest prompts of tables [S, P, ...]."""
+    seeds, prompts = (min(table.shape[axis] for table in tables) for axis in (0, 1))
+    return seeds, prompts
 
 
 def estimate(value: float, drawn: np.ndarray, count: int) -> Estimate:
@@ -271,9 +287,12 @@ def difference(
         tables = [a - b for a, b in zip(first, second, strict=True)]
     else:  # the mean over twice as many tables is half of the difference
         tables = [2 * a for a in first] + [-2 * b for b in second]
-    found = _crossed_mean(tables, prompts, resamples, seed)
-    seeds, asked = (min(table.shape[axis] for table in tables) for axis in (0, 1))
-    won = [(a > b) + 0.5 * (a == b) for a, b in zip(first, second, strict=True)] if paired else []
+    measures = [table[..., None] for table in tables]
+    if wins := wins and paired:
+        won = [(a > b) + 0.5 * (a == b) for a, b in zip(first, second, strict=True)]
+        measures = [np.stack(both, -1) for both in zip(tables, won, strict=True)]
+    found, *rate = crossed_means(measures, prompts, resamples=resamples, seed=seed)
+    seeds, asked = sizes(tables)
     runs = [[table.mean(1) for table in arm] for arm in (first, second)]
     return Difference(
         mean=found.mean,
@@ -285,7 +304,7 @@ def difference(
         scope=scope_of(seeds, asked),
         paired=paired,
         improvement=None if seeds == 1 else improvement(*runs, resamples=resamples, seed=seed),
-        win_rate=_share(_crossed_mean(won, prompts, resamples, seed)) if paired and wins else None,
+        win_rate=_share(rate[0]) if wins else None,
         more_seeds=_more(found.mean, tables, seeds),
     )
 
