@@ -151,6 +151,8 @@ class Stages:
             self.policy.check_prompts(self.data.prompts + self.data.held_out, self.base)
         if "align" in stages:
             self.sampler.check(self.policy, self.algo, self.data.prompts + self.data.held_out)
+        if "evaluate" in stages and self.evaluation.harness is not None:
+            processes.first(self.evaluation.harness.check)
         for name in stages:
             logger.info("stage %s", name)
             stage = getattr(self, f"run_{name}")
@@ -356,8 +358,36 @@ class Stages:
             "fingerprint": self.about["fingerprint"],
         }
         draw(self.directory)
+        if (harness := self.evaluation.harness) is not None:
+            table["benchmarks"] = self._benchmarks()
         write_json(self.directory / "summary.json", table)
         print(as_table(table))
+        if harness is not None:
+            print(harness.as_text(**table["benchmarks"]))
+
+    def _benchmarks(self) -> dict[str, Any]:
+        """Of the start policy, made once, and of the one that this run has trained."""
+        self.policy.model = None  # makes room
+        folder = self.directory / "policy"
+        if not folder.exists():
+            raise ValueError(f"{folder} is not there, so no benchmark can be run: align first")
+        before = None
+        if self.evaluation.harness.start:
+            harness = self.evaluation.harness.identity()
+            spec = {"version": __version__, "harness": harness} | self._sampling_spec()
+
+            def make(target: Path) -> None:
+                write_json(target / "results.json", self._measured(self.start))
+
+            made = self.store.get("benchmark", "start", spec, make)
+            before = json.loads((made / "results.json").read_text())
+        return {"before": before, "after": self._measured(folder)}
+
+    def _measured(self, source: Path | str) -> dict[str, dict[str, float]]:
+        """Benchmarks of a policy as it was saved, with the prefix that it was saved with."""
+        policy: Policy = build(self.config["policy"], "policy")
+        policy.load(source, device=self.device)
+        return self.evaluation.harness.measure(policy)
 
     def run_export(self) -> None:
         self.policy.model = None  # makes room

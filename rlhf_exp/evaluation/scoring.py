@@ -50,6 +50,7 @@ class Evaluation:
     prompts: int = 256  # held-out prompts used
     samples: int = 1  # completions per prompt
     seed: int = 1234  # draws the completions
+    harness: Any = None  # benchmarks of the start and the final policy
 
     def __post_init__(self) -> None:
         if min(1 if self.every is None else self.every, self.prompts, self.samples) < 1:
