@@ -41,6 +41,11 @@ class PolicyLM(LM):
 
     # ---- text to tokens
 
+    @property
+    def tokenizer_name(self) -> str:
+        """For caches, which are off."""
+        return self.tokenizer.name_or_path
+
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
@@ -165,7 +170,8 @@ class PolicyLM(LM):
         stops = told.get("until") or []
         stops = [s for s in ([stops] if isinstance(stops, str) else stops) if s]
         room = told.get("max_gen_toks") or self.policy.max_new_tokens
-        pairs: list[Pair] = [(self.encode(context) or self.nothing, []) for context in contexts]
+        encoded = [self.encode(context) or self.nothing for context in contexts]
+        pairs: list[Pair] = [(ids, []) for ids in encoded]
         batch = self._padded([ids for ids, _ in self._fitting(pairs, room)], 0)
         self.policy.model.generation_config = self._settings(told, room)
         with self.policy.precision():

@@ -146,9 +146,10 @@ class Harness:
         home = self._home(entry)
         if home is not None:
             self._check_rows(entry, home)
-        changes = benchmark.changes()
-        kind = "group" if benchmark.name in self._manager.all_groups else "task"
-        asked = {"group": "asked", "task": [{kind: benchmark.name} | changes]}
+        asked: Any = benchmark.name
+        if changes := benchmark.changes():
+            members = [member | changes for member in self._members(benchmark.name)]
+            asked = {"group": "changed", "task": members}
         try:
             with nullcontext() if home is None else chdir(home):
                 leaves = self._manager.load([asked])["tasks"]
@@ -174,12 +175,22 @@ class Harness:
         home = entry.yaml_path.parent if entry.yaml_path else None
         return home if home and any(map(home.is_relative_to, self._folders)) else None
 
+    def _members(self, name: str) -> list[dict[str, Any]]:
+        """A task itself, or all that a group or tag stands for, as lm_eval's groups list them."""
+        entry = self._manager.task_index.get(name)
+        if name in self._manager.all_groups:
+            below = entry.cfg["task"]
+        elif name in self._manager.all_tags:
+            below = sorted(entry.tags)
+        else:
+            return [{"task": name}]
+        each = [self._members(m) if isinstance(m, str) else [m] for m in below]
+        return [member for members in each for member in members]
+
     def _check_rows(self, entry: Any, home: Path) -> None:
         """Read the local JSON of the task or of the members: a broken line is told by number."""
-        task = entry.cfg.get("task")
-        names = task if isinstance(task, list) else [entry.name]
-        for name in names:
-            known = self._manager.task_index.get(name) if isinstance(name, str) else None
+        for member in self._members(entry.name):
+            known = self._manager.task_index.get(member.get("task"))
             config = known.cfg if known is not None else {}
             files = (config.get("dataset_kwargs") or {}).get("data_files")
             if config.get("dataset_path") != "json" or files is None:
