@@ -153,7 +153,8 @@ class PolicyLM(LM):
         found: dict[int, str] = {}
         groups: dict[str, list[int]] = {}
         for i, request in enumerate(requests):
-            groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(i)
+            asked: Any = request.args
+            groups.setdefault(json.dumps(asked[1], sort_keys=True), []).append(i)
         for settings, members in groups.items():
             told = json.loads(settings)
             for start in range(0, len(members), self.batch):
