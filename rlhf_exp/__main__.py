@@ -98,7 +98,8 @@ def of_stored_runs(config: DictConfig, directory: Path) -> None:
     for key in ("run", "against"):
         if plain[key] is None:
             raise ValueError(f"stages=[compare] compares two runs: add {key}=<run directory>")
-    compare.write(directory, Path(plain["run"]), Path(plain["against"]))
+    print(compare.as_text(found := compare.compare(Path(plain["run"]), Path(plain["against"]))))
+    print(f"written to {compare.write(directory, found)}")
 
 
 def status(folder: Path) -> str:

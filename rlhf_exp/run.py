@@ -110,6 +110,8 @@ class Stages:
         self.settings, self.evaluation, self.checkpoints = (
             built[k] for k in ("preferences", "evaluation", "checkpoints")
         )
+        if self.about.get("harness"):  # asked for after the run
+            self.evaluation.harness = build(self.about["harness"], "evaluation.harness")
         self.prepare, self.generations = built["prepare"], built["generations"]
         self.sampler: Sampler = built.get("sampler") or Local()  # older runs name none
         self.export: Export = built.get("export") or Export()
@@ -179,6 +181,8 @@ class Stages:
             self.run_reward()
             with frozen.placed(self.hardware.frozen):
                 self._align(Look)
+        if self.evaluation.harness is not None:
+            processes.first(self.evaluation.harness.check)
         processes.first(self.run_evaluate)
 
     def run(self) -> None:
@@ -194,6 +198,8 @@ class Stages:
             self.policy.check_prompts(self.data.prompts + self.data.held_out, self.base)
         if "align" in stages:
             self.sampler.check(self.policy, self.algo, self.data.prompts + self.data.held_out)
+        if "evaluate" in stages and self.evaluation.harness is not None:
+            processes.first(self.evaluation.harness.check)
         for name in stages:
             logger.info("stage %s", name)
             stage = getattr(self, f"run_{name}")
@@ -416,8 +422,37 @@ class Stages:
         }
         if self.config.get("figures", True):
             draw(self.directory)
+        if benchmarks := self._benchmarks():
+            table["benchmarks"] = benchmarks
         write_json(self.directory / "summary.json", table)
         print(as_table(table))
+        if benchmarks:
+            print(self.evaluation.harness.as_text(**benchmarks))
+
+    def _benchmarks(self) -> dict[str, Any] | None:
+        """Of the start policy, made once, and of the one that this run has trained, with the prefix
+        that it was saved with; None if none are asked for, or nothing was saved yet.
+        """
+        harness, trained = self.evaluation.harness, self.directory / "policy"
+        if harness is None or not trained.exists():
+            return None
+        self._make_room()
+        before = None
+        if harness.start:
+            spec = {"version": __version__, "harness": harness.identity()} | self._sampling_spec()
+
+            def make(folder: Path) -> None:
+                write_json(folder / "results.json", self._measured(self.start))
+
+            made = self.store.get("benchmark", "start", spec, make)
+            before = json.loads((made / "results.json").read_text())
+        return {"before": before, "after": self._measured(trained)}
+
+    def _measured(self, source: Path | str) -> dict[str, dict[str, float]]:
+        """Benchmarks of a policy as it was saved."""
+        policy: Policy = build(self.config["policy"], "policy")
+        policy.load(source, device=self.device)
+        return self.evaluation.harness.measure(policy)
 
     def _settle(self) -> None:
         """Have the gold judge what it has not seen; nothing else is in memory then."""
@@ -448,7 +483,8 @@ class Stages:
 
         against = self.config.get("against")
         assert against is not None
-        compare.write(self.directory, self.directory, Path(against))
+        print(compare.as_text(found := compare.compare(self.directory, Path(against))))
+        compare.write(self.directory, found)
 
     def run_export(self) -> None:
         self.policy.model = None  # makes room
