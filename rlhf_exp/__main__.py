@@ -91,7 +91,8 @@ def of_stored_runs(config: DictConfig, directory: Path) -> None:
     """The stages that look at runs which were done before."""
     plain = asked(config)
     if config.stages[0] == "report":
-        print(build(plain["report"], "report").write([plain["runs"]], directory))
+        page = build(plain["report"], "report").write([plain["runs"]], directory / "report")
+        print(f"report: {page}")
         return
     from rlhf_exp.report import compare
 

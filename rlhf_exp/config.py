@@ -35,6 +35,7 @@ class Root:
     pruning: Pruning | None
     plan: Any  # true, false or force
     planning: Any
+    report: Any
     runs: str
     arm: str | None  # a name in reports
     run: str | None

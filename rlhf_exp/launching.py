@@ -323,6 +323,14 @@ class Sweeping(Launcher):
         sweep.write(folder, jobs)
         print(sweep.show(jobs))
         print(f"table and figures: {folder / 'sweep.md'}")
+        if self.config.report.after_sweep:
+            node = OmegaConf.to_container(self.config.report, resolve=True)
+            try:
+                page = build(node, "report").write([str(folder)], folder / "report")
+            except (ValueError, OSError) as error:  # the runs are safe
+                logger.warning("no report: %s", error)
+            else:
+                print(f"report: {page}")
 
 
 def chosen(arms: dict[str, list[str]], only: Sequence[str] | None) -> list[str]:

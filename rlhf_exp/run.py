@@ -201,14 +201,17 @@ class Stages:
         if "evaluate" in stages and self.evaluation.harness is not None:
             processes.first(self.evaluation.harness.check)
         for name in stages:
-            logger.info("stage %s", name)
-            stage = getattr(self, f"run_{name}")
-            processes.first(stage) if name in ALONE else stage()
+            if name != "compare":  # which wants a finished run
+                logger.info("stage %s", name)
+                stage = getattr(self, f"run_{name}")
+                processes.first(stage) if name in ALONE else stage()
         done = {
             "artifacts": self.store.used,
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         write_json(self.directory / "run.json", self.about | done)
+        if "compare" in stages:
+            processes.first(self.run_compare)
 
     # ---- what stages hand over
 
