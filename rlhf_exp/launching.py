@@ -66,7 +66,7 @@ def asked(config: DictConfig) -> dict[str, Any]:
 
 def write_down(plain: dict[str, Any], directory: Path) -> None:
     """run.json, in a directory that holds no run yet."""
-    from rlhf_exp.run import describe
+    from rlhf_exp.about import describe
 
     if (directory / "run.json").exists():
         raise ValueError(

@@ -42,6 +42,7 @@ def test_every_algorithm_has_its_small_steps() -> None:
 def test_killed_and_resumed_bit_for_bit(algorithm: str, artifacts: Path, tmp_path: Path) -> None:
     whole = tmp_path / "whole"
     asked = ["experiment=debug", f"algo={algorithm}", *EVERY_STEP, f"artifacts={artifacts}"]
+    asked += ["figures=true"]
     assert inside(whole, *asked) == 0
     assert {"policy", "summary.json", "evaluation", "figures"} <= contents(whole)
     table = json.loads((whole / "summary.json").read_text())
