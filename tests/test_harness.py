@@ -356,6 +356,13 @@ def test_settings_that_cannot_be(settings: dict[str, Any], message: str) -> None
         Harness(**settings)
 
 
+def test_data_that_cannot_be_had_are_told_before_the_run() -> None:
+    with pytest.raises(
+        ValueError, match=r"qnli_prompts cannot be loaded .*give it a network or da"
+    ):
+        Harness(tasks=["qnli_prompts"]).check()
+
+
 TASK = (
     "task: mine\ndataset_path: json\ndataset_kwargs: {data_files: {test: rows.jsonl}}\n"
     "output_type: multiple_choice\ntest_split: test\ndoc_to_text: q\ndoc_to_choice: c\n"

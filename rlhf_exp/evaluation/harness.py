@@ -269,12 +269,14 @@ class Harness:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """lm_eval's messages and progress bars are not ours."""
-    theirs = logging.getLogger("lm_eval")
-    level = theirs.level
-    theirs.setLevel(logging.ERROR)
+    """Messages and progress bars of lm_eval and the hub are not ours."""
+    theirs = [logging.getLogger(name) for name in ("lm_eval", "huggingface_hub")]
+    levels = [one.level for one in theirs]
+    for one in theirs:
+        one.setLevel(logging.ERROR)
     try:
         with redirect_stderr(io.StringIO()):
             yield
     finally:
-        theirs.setLevel(level)
+        for one, level in zip(theirs, levels, strict=True):
+            one.setLevel(level)
