@@ -14,8 +14,8 @@ from rlhf_exp.artifacts import write_text
 from rlhf_exp.report.page import template
 
 LONG = 30  # rows from which a table is folded on the page
-MISSING = "–"
-MINUS = "−"
+MISSING = "\u2013"
+MINUS = "\u2212"
 
 
 @dataclass(frozen=True, kw_only=True)
