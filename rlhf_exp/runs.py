@@ -108,7 +108,7 @@ def find(roots: Sequence[Path], queue: Queue | None = None) -> Found:
     fingerprint: the one that got furthest, the newest among equals.
     """
     found, rank = Found(), {}
-    for directory in dict.fromkeys(d for root in roots for d in _directories(root.absolute())):
+    for directory in dict.fromkeys(d for root in roots for d in directories(root.absolute())):
         try:
             run = read(directory, queue)
             newest = -(directory / "run.json").stat().st_mtime
@@ -241,7 +241,7 @@ def _checkpoint(folder: Path) -> int | None:
     return max((int(step) for step in steps if step.isdigit()), default=None)
 
 
-def _directories(folder: Path, depth: int = DEPTH) -> Iterator[Path]:
+def directories(folder: Path, depth: int = DEPTH) -> Iterator[Path]:
     """Run directories at or below `folder`, none inside another."""
     try:
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
@@ -252,4 +252,4 @@ def _directories(folder: Path, depth: int = DEPTH) -> Iterator[Path]:
     elif depth:
         for entry in entries:
             if not entry.name.startswith(".") and entry.is_dir():
-                yield from _directories(Path(entry.path), depth - 1)
+                yield from directories(Path(entry.path), depth - 1)

@@ -1,6 +1,7 @@
 """In which settings runs differ: as their sweep was told, or as comparing their configs shows."""
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,15 +17,25 @@ def differing(jobs: Sequence[Run]) -> list[Settings]:
     """The settings in which the jobs differ, of each job, by name and as short text; the seed last.
 
     The overrides of a sweep say it in the words of the command line, if they tell all jobs apart
-    whose fingerprints differ; otherwise the configs are compared, and an option is shown by its
-    class.
+    whose fingerprints differ, and not by the seed alone; otherwise the configs are compared, and
+    an option is shown by its class.
     """
-    told = _by_override(jobs)
+    told, configured = _by_override(jobs), _by_config(jobs)
     different = len({tuple(settings.items()) for settings in told})
-    if different < len({job.fingerprint for job in jobs}):
-        told = _by_config(jobs)
+    if different < len({job.fingerprint for job in jobs}) or _merges(told, configured, jobs):
+        told = configured
     names = sorted(told[0] if told else (), key=lambda name: name == SEED)
     return [{name: settings[name] for name in names} for settings in told]
+
+
+def _merges(told: list[Settings], configured: list[Settings], jobs: Sequence[Run]) -> bool:
+    """Whether jobs are told apart by nothing but the seed though their configs differ in more."""
+    seen: dict[Any, set[Any]] = {}
+    for job, *both in zip(jobs, told, configured, strict=True):
+        if job.config:
+            name, whole = (tuple(without_seed(settings).items()) for settings in both)
+            seen.setdefault(name, set()).add(whole)
+    return any(len(found) > 1 for found in seen.values())
 
 
 def short(names: Sequence[str]) -> list[str]:
@@ -47,14 +58,22 @@ def label(settings: Settings) -> str:
 def _by_override(jobs: Sequence[Run]) -> list[Settings]:
     given = [dict(map(_parted, job.overrides)) for job in jobs]
     names = dict.fromkeys(name for overrides in given for name in overrides)
-    columns = {
-        name: [
-            overrides.get(name) or _configured(job.config, name)
-            for overrides, job in zip(given, jobs, strict=True)
-        ]
-        for name in names
-    }
-    return _settings(columns, len(jobs))
+    kept = [n for n in names if re.split("[./]", n)[0] not in (*NO_MATTER, "hydra")]
+    return _settings({name: _column(jobs, given, name) for name in kept}, len(jobs))
+
+
+def _column(jobs: Sequence[Run], given: Sequence[Settings], name: str) -> list[str]:
+    """What the overrides say of `name`; of a job that says nothing, what its config has: a class
+    by the word with which others chose it, if that is one.
+    """
+    configured = [_configured(job.config, name) for job in jobs]
+    words: dict[str, set[str]] = {}
+    for shown, overrides in zip(configured, given, strict=True):
+        if name in overrides and shown[:1].isupper():
+            words.setdefault(shown, set()).add(overrides[name])
+    one = {shown: next(iter(found)) for shown, found in words.items() if len(found) == 1}
+    texts = [o.get(name) or one.get(c, c) for o, c in zip(given, configured, strict=True)]
+    return [c if "${" in text else text for text, c in zip(texts, configured, strict=True)]
 
 
 def _parted(override: str) -> tuple[str, str]:
@@ -65,6 +84,7 @@ def _parted(override: str) -> tuple[str, str]:
 def _configured(config: dict[str, Any], name: str) -> str:
     """What the config has where no override says it."""
     node: Any = config
+    name = next((key for key, group in GROUPS.items() if group == name), name)
     for part in name.split("."):
         if not isinstance(node, dict) or part not in node:
             return UNKNOWN
@@ -107,14 +127,16 @@ def _settings(columns: dict[str, list[str]], count: int) -> list[Settings]:
     """The columns that are not the same all over, nor follow the seed, by job."""
     seeds = columns.get(SEED, [])
 
-    def follows(column: list[str]) -> bool:
+    def follows(name: str, column: list[str]) -> bool:
+        if not name.endswith(SEED):
+            return False
         known = [(text, seed) for text, seed in zip(column, seeds, strict=False) if text != UNKNOWN]
         return len(set(known)) > 1 and all(text == seed for text, seed in known)
 
     kept = {
         name: column
         for name, column in columns.items()
-        if len(set(column)) > 1 and (name == SEED or not follows(column))
+        if len(set(column)) > 1 and (name == SEED or not follows(name, column))
     }
     return [{name: column[i] for name, column in kept.items()} for i in range(count)]
 
@@ -128,8 +150,11 @@ def _shown(node: Any) -> str:
 
 
 def _number(text: str) -> str:
-    """A number to four digits, other text as it is."""
+    """A number as Python writes it, to four digits if it is long; other text as it is."""
     try:
-        return text if len(text) <= 7 else f"{float(text):.4g}"
+        number = float(text)
     except ValueError:
         return text
+    if len(text) > 7:
+        return f"{number:.4g}"
+    return text if text.lstrip("-").isdigit() else repr(number)
