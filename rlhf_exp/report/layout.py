@@ -1,5 +1,6 @@
 """How the arms of a study are laid out: one color per value of the setting that is compared, one
-panel per choice of all the other settings.
+panel per choice of all the other settings. Settings below the one that is compared which some of
+its values lack belong to the value, as in contrasts.py.
 """
 
 from collections.abc import Sequence
@@ -8,7 +9,7 @@ from functools import cached_property
 
 from rlhf_exp.report.look import Look, looks
 from rlhf_exp.report.records import Record
-from rlhf_exp.report.settings import Settings, label
+from rlhf_exp.report.settings import UNKNOWN, Settings, label
 
 PREFERRED = ("reward", "algo")  # a study is mostly about these, or about a setting within them
 
@@ -71,20 +72,28 @@ def arrange(records: Sequence[Record], first: str = "") -> Layout:
     groups: dict[str, list[Record]] = {}
     for record in records:
         groups.setdefault(record.arm, []).append(record)
-    compared = first or _compared([group[0].settings for group in groups.values()])
+    settings = [group[0].settings for group in groups.values()]
+    compared = first or _compared(settings)
+    within = [
+        name
+        for name in settings[0]
+        if name == compared
+        or (name.startswith(f"{compared}.") and any(s[name] == UNKNOWN for s in settings))
+    ]
     return Layout(
         compared=compared,
-        arms=tuple(_arm(name, group, compared) for name, group in groups.items()),
+        arms=tuple(_arm(name, group, within) for name, group in groups.items()),
     )
 
 
-def _arm(name: str, records: list[Record], compared: str) -> Arm:
+def _arm(name: str, records: list[Record], within: Sequence[str]) -> Arm:
+    """`within`: the setting that is compared, and those that belong to its values."""
     settings = records[0].settings
-    others = {k: v for k, v in settings.items() if k != compared}
+    own = [settings[k] for k in within if settings[k] != UNKNOWN]
     return Arm(
         name=name,
-        value=settings.get(compared, name),
-        panel=label(others),
+        value=", ".join(own) or name,
+        panel=label({k: v for k, v in settings.items() if k not in within}),
         settings=settings,
         records=tuple(records),
     )

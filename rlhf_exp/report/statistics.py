@@ -12,10 +12,8 @@ Intervals are at 95 %, each by itself: of many differences that are none, one in
 apart. Left out: corrections for that, models with random effects, anything Bayesian.
 """
 
-import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Literal
 
 import numpy as np

@@ -12,19 +12,11 @@ from markupsafe import Markup
 
 from rlhf_exp.artifacts import write_text
 from rlhf_exp.report.page import template
+from rlhf_exp.report.statistics import Estimate
 
 LONG = 30  # rows from which a table is folded on the page
 MISSING = "\u2013"
 MINUS = "\u2212"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Estimate:
-    """A value and its 95 % interval, if there is one; three columns of the CSV file."""
-
-    value: float | None
-    low: float | None = None
-    high: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +27,7 @@ class Column:
     head: str
     digits: int = 3  # after the point, on the page and in Markdown
     signed: bool = False  # a plus before what is positive: changes and differences
-    interval: bool = False  # holds Estimates
+    interval: bool = False  # holds Estimates: three columns of the CSV file
     colors: Mapping[str, str] = field(default_factory=dict)  # a patch before each of these texts
 
 
@@ -107,21 +99,20 @@ def _names(column: Column) -> list[str]:
 def _values(column: Column, value: Any) -> list[Any]:
     """What the CSV file has for a cell."""
     if column.interval:
-        found = value or Estimate(value=None)
-        return [found.value, found.low, found.high]
+        return [None] * 3 if value is None else [value.mean, value.low, value.high]
     return [str(value).lower() if isinstance(value, bool) else value]
 
 
 def _cell(column: Column, value: Any) -> Cell:
-    if value is None or (isinstance(value, Estimate) and value.value is None):
+    if value is None:
         return Cell(text=MISSING)
     if isinstance(value, Estimate):
         interval = ""
         if value.low is not None and value.high is not None:
             ends = (shown(end, column.digits, column.signed) for end in (value.low, value.high))
             interval = f"[{', '.join(ends)}]"
-        text = shown(value.value, column.digits, column.signed)
-        return Cell(text=text, interval=interval, sort=value.value)
+        text = shown(value.mean, column.digits, column.signed)
+        return Cell(text=text, interval=interval, sort=value.mean)
     if isinstance(value, bool):
         return Cell(text="yes" if value else "no")
     if isinstance(value, int):
