@@ -7,6 +7,7 @@ Needs no model, no network and no torch; the same runs give the same bytes.
 
 import logging
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from rlhf_exp.report.statistics import RESAMPLES
 
 if TYPE_CHECKING:
     from rlhf_exp.report.findings import Findings
+    from rlhf_exp.report.records import Record
 
 logger = logging.getLogger(__name__)
 FEWEST = 100  # resamples below which a quantile at 95 % means nothing
@@ -58,7 +60,7 @@ class Report:
 
         records, left_out = read(patterns)
         findings = Findings(
-            records=records,
+            records=sorted(records, key=_in_order),
             left_out=left_out,
             baseline=self.baseline,
             kl=self.kl,
@@ -81,3 +83,9 @@ class Report:
             table.write(folder / "tables")
         sections = contents.sections(findings, tables, figures, self.samples)
         return page.render(self.title or words.title(findings), words.lead(findings), sections)
+
+
+def _in_order(record: "Record") -> list[str | int]:
+    """Directories as people count: 2 before 10."""
+    parts = re.split(r"(\d+)", str(record.run.directory))
+    return [int(part) if part.isdigit() else part for part in parts]

@@ -62,8 +62,8 @@ def by_kl(plt: Any, folder: Path, findings: Findings) -> Figure:
     drawn.supylabel("mean score on held-out prompts", fontsize=9)
     styles: dict[str, Look] = {"gold": {}, "proxy": {"linestyle": "--", "alpha": 0.7}}
     caption = (
-        "Solid: gold; dashed: proxy; means over seeds at each evaluation, bands their 95 % "
-        "intervals. Where gold falls while proxy goes on rising, the proxy is over-optimized."
+        "Solid: gold; dashed: proxy; means over seeds at each evaluation; bands: 95 % "
+        "intervals over seeds, for these prompts. Where gold falls while proxy goes on rising, the proxy is over-optimized."
     )
     if findings.fits:
         styles["fit to gold"] = {"linestyle": ":"}
@@ -82,10 +82,13 @@ def by_step(plt: Any, folder: Path, findings: Findings) -> Figure:
         for arm in arms:
             points = findings.curves[arm.name]
             _line(axes, [p.step for p in points], [p.gold for p in points], layout.looks[arm.value])
+        axes.xaxis.get_major_locator().set_params(integer=True)
     drawn.supxlabel("step (best-of-n: n)", fontsize=9)
     drawn.supylabel("mean gold on held-out prompts", fontsize=9)
     _legend(plt, drawn, layout, {})
-    caption = "Means over seeds at each evaluation, bands their 95 % intervals."
+    caption = (
+        "Means over seeds at each evaluation; bands: 95 % intervals over seeds, for these prompts."
+    )
     caption += _not_drawn(len(layout.panels), PANELS, "panels")
     return save(drawn, folder, "gold_by_step", "Gold by step", caption)
 
@@ -104,7 +107,9 @@ def final(plt: Any, folder: Path, findings: Findings) -> Figure:
         axes.plot([found.iqm.mean], [y - 0.12], "|", color=INK, markersize=11)
     axes.set_xlabel("gold after training, mean over held-out prompts")
     caption = (
-        "Dots: seeds; diamond and bar: their mean and its 95 % interval; tick: interquartile mean."
+        "Dots: seeds; diamond and bar: their mean and its 95 % interval over seeds and prompts "
+        "(all arms answer the same prompts, so arms differ more surely than these bars suggest: "
+        "see the contrasts); tick: interquartile mean."
     )
     caption += _not_drawn(len(findings.layout.arms), ROWS, "arms")
     return save(drawn, folder, "final_gold", "Gold after training", caption)

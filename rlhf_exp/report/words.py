@@ -2,6 +2,7 @@
 includes 0.
 """
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 
@@ -34,22 +35,21 @@ def lead(findings: Findings) -> list[str]:
         return [f"{first} No two arms differ in one setting alone, so nothing is compared."]
     settled = [c for c in known if c.overall and c.overall.verdict != "open"]
     still_open = [c for c in known if c.overall and c.overall.verdict == "open"]
-    return [first, *_settled(settled, len(known)), *_open(still_open)]
+    return [" ".join([first, _settled(settled, len(known)), _open(still_open)]).strip()]
 
 
-def _settled(found: Sequence[Contrast], count: int) -> list[str]:
+def _settled(found: Sequence[Contrast], count: int) -> str:
     whole = f"Of {counted(count, 'contrast')} of final gold"
     if not found:
-        return [f"{whole}, none has an interval that excludes 0."]
+        return f"{whole}, none has an interval that excludes 0."
     have = "has an interval that excludes 0" if len(found) == 1 else "have intervals that exclude 0"
-    return [f"{whole}, {len(found)} {have}: {_several(found)}."]
+    return f"{whole}, {len(found)} {have}: {_several(found)}."
 
 
-def _open(found: Sequence[Contrast]) -> list[str]:
+def _open(found: Sequence[Contrast]) -> str:
     if not found:
-        return []
-    is_open = "is open" if len(found) == 1 else "are open"
-    return [f"{len(found)} {is_open}: {_several(found)}."]
+        return ""
+    return f"{len(found)} {'is' if len(found) == 1 else 'are'} open: {_several(found)}."
 
 
 def _several(found: Sequence[Contrast]) -> str:
@@ -62,8 +62,8 @@ def _several(found: Sequence[Contrast]) -> str:
 
 def _told(contrast: Contrast) -> str:
     assert contrast.overall is not None
-    what = f"{contrast.axis} {contrast.value} {MINUS} {contrast.against}"
-    return f"{what} {contrast.overall.told}"
+    what = f"{contrast.axis}, {contrast.value} {MINUS} {contrast.against}"
+    return f"{what}: {re.sub(r'-(?=[0-9])', MINUS, contrast.overall.told)}"
 
 
 def cautions(findings: Findings) -> list[str]:
