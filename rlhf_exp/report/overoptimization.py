@@ -11,16 +11,35 @@ best-of-n looks worse than it is. Its rows are expected values, which win more o
 completions do: no win rates are given against them.
 """
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 
 from rlhf_exp.report.records import Record
-from rlhf_exp.report.statistics import RESAMPLES, Estimate, Scope
+from rlhf_exp.report.settings import SEED
+from rlhf_exp.report.statistics import (
+    RESAMPLES,
+    Estimate,
+    Scope,
+    crossed_mean,
+    estimate,
+    iqm_of_all,
+    scope_of,
+    stratified,
+)
+from rlhf_exp.runs import NO_MATTER
 
 Measure = str | tuple[Literal["kl"], float]
+Form = Literal["best-of-n", "training"]
+BEST_OF_N = "best-of-n"
+GAINS = {"gain": "gold", "proxy_gain": "proxy"}  # final - start of a column
+WHOLE = ("text/", "toxicity/")  # metrics that are no means over the completions
+BEGINS = 0.01  # nats up to which a run counts as begun at the start policy
+LARGEST = 100  # alpha / beta beyond which a peak is not worth a name
+UNUSED = (*NO_MATTER, "generations")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +78,7 @@ class Fit:
     the start.
     """
 
-    form: Literal["best-of-n", "training"]
+    form: Form
     alpha: Estimate
     beta: Estimate
     r2: float | None  # about the mean; negative where a constant would fit better
@@ -70,17 +89,55 @@ class Fit:
 
     def __call__(self, d: np.ndarray) -> np.ndarray:
         """R at d > 0 (square root of nats)."""
-        raise NotImplementedError
+        return d * (self.alpha.mean - self.beta.mean * (d if self.form == BEST_OF_N else np.log(d)))
 
 
 def arms(records: Sequence[Record]) -> dict[str, list[Record]]:
     """The runs of each arm, by its label, in order of first appearance; by seed within."""
-    raise NotImplementedError
+    found: dict[str, list[Record]] = {}
+    for record in records:
+        found.setdefault(record.arm, []).append(record)
+    return {arm: sorted(runs, key=lambda r: _natural(r.seed)) for arm, runs in found.items()}
+
+
+def _natural(seed: str) -> tuple[int, str]:
+    return len(seed), seed
 
 
 def course(record: Record) -> Course:
     """See Course. ValueError for a run that was evaluated on one prompt: halves need two."""
-    raise NotImplementedError
+    gold, kl = record.curve("gold"), record.curve("k1")
+    start, final, peak = float(gold[0]), float(gold[-1]), float(_peak(record).mean())
+    highest = int(gold.argmax())
+    return Course(
+        start=start,
+        final=final,
+        peak=peak,
+        gap=peak - final,
+        share=(peak - final) / (peak - start) if peak > start else None,
+        peak_step=record.evaluations[highest].step,
+        peak_kl=float(kl[highest]),
+        kl=float(kl[-1]),
+        proxy_change=record.last.mean("proxy") - record.first.mean("proxy"),
+        gold_change=final - start,
+    )
+
+
+def _peak(record: Record) -> np.ndarray:
+    """Gold [P] of every other prompt, where the prompts between are highest on average."""
+    gold = record.table("gold")  # [E, P]
+    if gold.shape[1] < 2:
+        raise ValueError(
+            f"{record.run.directory} was evaluated on one prompt, and a peak is picked on half of "
+            "them: raise evaluation.prompts"
+        )
+    found = np.empty(gold.shape[1])
+    for half, other in (
+        (slice(0, None, 2), slice(1, None, 2)),
+        (slice(1, None, 2), slice(0, None, 2)),
+    ):
+        found[half] = gold[gold[:, other].mean(1).argmax(), half]
+    return found
 
 
 def at_kl(record: Record, kl: float, name: str = "gold") -> np.ndarray | None:
@@ -91,7 +148,15 @@ def at_kl(record: Record, kl: float, name: str = "gold") -> np.ndarray | None:
     The line is what a policy is worth that asks either of the two by a coin; its KL is `kl` or
     less, as KL is convex.
     """
-    raise NotImplementedError
+    reached, values = record.curve("k1"), record.table(name)
+    if kl < reached[0] or kl > reached.max():
+        return None
+    after = int((reached >= kl).argmax())
+    if not after:
+        return values[0]
+    before = after - 1
+    weight = (kl - reached[before]) / (reached[after] - reached[before])
+    return values[before] + weight * (values[after] - values[before])
 
 
 def measured(record: Record, measure: Measure) -> np.ndarray | None:
@@ -99,7 +164,16 @@ def measured(record: Record, measure: Measure) -> np.ndarray | None:
     ("kl", nats) for gold at equal KL, or the last evaluation's column of that name (such as proxy,
     length, win). None if the run has none.
     """
-    raise NotImplementedError
+    last, first = record.last.values, record.first.values
+    if isinstance(measure, tuple):
+        return at_kl(record, measure[1])
+    if measure == "final":
+        return last["gold"]
+    if measure in ("peak", "gap"):
+        return _peak(record) - (last["gold"] if measure == "gap" else 0.0)
+    if measure in GAINS:
+        return last[GAINS[measure]] - first[GAINS[measure]]
+    return last.get(measure)
 
 
 def summaries(
@@ -109,7 +183,55 @@ def summaries(
     every column of the last evaluation but gold, and those of its metrics that only a whole
     evaluation has (text/distinct_1, ...); of those that all the runs have.
     """
-    raise NotImplementedError
+    names = (
+        "start",
+        "final",
+        "peak",
+        "gap",
+        *GAINS,
+        *(k for k in records[0].last.values if k != "gold"),
+    )
+    found = {}
+    for name in names:
+        values = [r.first.values["gold"] if name == "start" else measured(r, name) for r in records]
+        known = [x for x in values if x is not None]
+        if len(known) == len(records):
+            found["kl" if name == "k1" else name] = _summary(known, records, resamples, seed)
+    courses = [course(record) for record in records]
+    whole = {"peak_step": [c.peak_step for c in courses], "peak_kl": [c.peak_kl for c in courses]}
+    for name in records[0].last.metrics:
+        if name.startswith(WHOLE) and all(name in r.last.metrics for r in records):
+            whole[name] = [r.last.metrics[name] for r in records]
+    for name, values in whole.items():
+        by_run = [np.array([value], float) for value in values]
+        found[name] = replace(_summary(by_run, records, resamples, seed), prompts=None)
+    return found
+
+
+def _summary(
+    values: Sequence[np.ndarray], records: Sequence[Record], resamples: int, seed: int
+) -> Summary:
+    """Of values [P] by prompt of each run, or [1] of the run as a whole."""
+    table = stacked(values, records)
+    mean = crossed_mean(table, resamples=resamples, seed=seed)
+    runs = np.array([x.mean() for x in values])
+    return Summary(
+        mean=mean.mean,
+        low=mean.low,
+        high=mean.high,
+        iqm=stratified([runs], iqm_of_all, resamples=resamples, seed=seed),
+        seeds=len(runs),
+        prompts=len(values[0]),
+        scope=scope_of(*table.shape),
+    )
+
+
+def stacked(values: Sequence[np.ndarray], records: Sequence[Record]) -> np.ndarray:
+    """Values by prompt of several runs as a table [S, P] in which prompts and seeds are crossed;
+    [S, 1], the means of the runs, where they were asked other prompts.
+    """
+    same = all(record.prompts == records[0].prompts for record in records)
+    return np.stack(values) if same else np.array([[x.mean()] for x in values])
 
 
 def fit(records: Sequence[Record], *, resamples: int = RESAMPLES, seed: int = 0) -> Fit | None:
@@ -119,11 +241,75 @@ def fit(records: Sequence[Record], *, resamples: int = RESAMPLES, seed: int = 0)
     The points of a run depend on each other, so intervals come from drawing whole runs anew; none
     for one run. The measured KL has an error of its own, which pulls alpha towards 0.
     """
-    raise NotImplementedError
+    form: Form = BEST_OF_N if records[0].nominal else "training"
+    if any(abs(record.first.mean("k1")) > BEGINS for record in records):
+        return None
+    runs = [_points(record) for record in records]
+    d, gain = (np.concatenate(part) for part in zip(*runs, strict=True))
+    if len(np.unique(d)) < 3:
+        return None
+    designs = [_design(d, form) for d, _ in runs]
+    grams = np.stack([x.T @ x for x in designs])  # [S, 2, 2]
+    moments = np.stack([x.T @ y for x, (_, y) in zip(designs, runs, strict=True)])  # [S, 2]
+    alpha, beta = np.linalg.lstsq(_design(d, form), gain)[0]
+    drawn = np.random.default_rng(seed).multinomial(
+        len(runs), [1 / len(runs)] * len(runs), resamples
+    )
+    inverse = np.linalg.pinv(np.einsum("bs,sij->bij", drawn, grams), hermitian=True)
+    solved = np.einsum("bij,bs,sj->bi", inverse, drawn, moments)  # [B, 2]
+    spread = float(((gain - gain.mean()) ** 2).sum())
+    misfit = float(((gain - _design(d, form) @ [alpha, beta]) ** 2).sum())
+    return Fit(
+        form=form,
+        alpha=estimate(float(alpha), solved[:, 0], len(runs)),
+        beta=estimate(float(beta), solved[:, 1], len(runs)),
+        r2=1 - misfit / spread if spread else None,
+        peak=_highest(float(alpha), float(beta), form),
+        reached=float(d.max()),
+        points=len(d),
+        runs=len(runs),
+    )
+
+
+def _points(record: Record) -> tuple[np.ndarray, np.ndarray]:
+    """d and gold - gold at the start of the evaluations with KL > 0."""
+    kl, gold = record.curve("k1"), record.curve("gold")
+    return np.sqrt(kl[kl > 0]), (gold - gold[0])[kl > 0]
+
+
+def _design(d: np.ndarray, form: Form) -> np.ndarray:
+    """What alpha and beta are multiplied with [N, 2]."""
+    return np.stack([d, -d * (d if form == BEST_OF_N else np.log(d))], axis=1)
+
+
+def _highest(alpha: float, beta: float, form: Form) -> float | None:
+    """Where R stops rising: alpha / (2 beta), or exp(alpha / beta - 1)."""
+    if beta <= 0 or (form == BEST_OF_N and alpha <= 0):
+        return None
+    if form == BEST_OF_N:
+        return alpha / (2 * beta)
+    return math.exp(alpha / beta - 1) if alpha / beta < LARGEST else None
 
 
 def shared_seeds(records: Sequence[Record]) -> list[str]:
     """The settings named seed that stand still while the runs' seeds differ, such as
     preferences.seed: no interval tells what other values of theirs would do.
     """
-    raise NotImplementedError
+    if len({record.seed for record in records}) < 2:
+        return []
+    found: dict[str, set[int]] = {}
+    for record in records:
+        for name, value in _seeds(record.run.config).items():
+            found.setdefault(name, set()).add(value)
+    return [name for name, values in found.items() if len(values) == 1]
+
+
+def _seeds(node: dict[str, Any], above: str = "") -> dict[str, int]:
+    """The settings named seed below the root, of what decides the outcome of a run."""
+    found = {}
+    for key, value in node.items():
+        if isinstance(value, dict) and key not in UNUSED:
+            found |= _seeds(value, f"{above}{key}.")
+        elif key == SEED and above and value is not None:
+            found[above + key] = value
+    return found

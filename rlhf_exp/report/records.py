@@ -144,7 +144,9 @@ def load(directories: Iterable[Path], left_out: list[str]) -> list[Record]:
 
 def _matched(pattern: str, left_out: list[str]) -> list[Path]:
     """The run directories at or below what a pattern matches."""
-    matches = sorted(Path(p) for p in glob.glob(str(Path(pattern).expanduser())))
+    path = Path(pattern).expanduser()
+    # unlike Path.glob, glob.glob passes hidden folders over
+    matches = [path] if path.exists() else sorted(map(Path, glob.glob(str(path))))  # noqa: PTH207
     if not matches:
         raise FileNotFoundError(
             f"runs={pattern} matches nothing: give run directories, or a folder of them, such as "

@@ -12,8 +12,10 @@ Intervals are at 95 %, each by itself: of many differences that are none, one in
 apart. Left out: corrections for that, models with random effects, anything Bayesian.
 """
 
+import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import cache, lru_cache
 from typing import Literal
 
 import numpy as np
@@ -37,7 +39,8 @@ class Estimate:
     @property
     def told(self) -> str:
         """0.12 [0.03, 0.21]"""
-        raise NotImplementedError
+        digits = _digits(self.low, self.high)
+        return f"{self.mean:.{digits}f}{_range(self.low, self.high, digits)}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,14 +62,52 @@ class Difference:
     @property
     def verdict(self) -> Literal["higher", "lower", "open"]:
         """ "higher" and "lower" only where the interval excludes 0."""
-        raise NotImplementedError
+        if self.low is not None and self.low > 0:
+            return "higher"
+        return "lower" if self.high is not None and self.high < 0 else "open"
 
     @property
     def told(self) -> str:
         """+0.02 [-0.05, 0.09] over 5 seeds: open; about 14 more seeds would settle it if the
         difference is real
         """
-        raise NotImplementedError
+        digits = _digits(self.low, self.high)
+        what = f"{self.mean:+.{digits}f}{_range(self.low, self.high, digits)}"
+        seeds = f"{self.seeds} seed{'s' * (self.seeds != 1)}"
+        if self.strata > 1:
+            seeds = f"{self.strata} settings of {seeds}"
+        if self.scope == "prompts":
+            seeds = f"{self.prompts} prompts of {seeds}"
+        pairing = "" if self.paired else ", unpaired"
+        return f"{what} over {seeds}{pairing}: {self.verdict}{self._outlook()}"
+
+    def _outlook(self) -> str:
+        if self.scope == "prompts":
+            return "; other seeds may differ"
+        if self.verdict != "open" or self.more_seeds is None:
+            return ""
+        if not self.more_seeds:
+            return "; more prompts would tell more than more seeds"
+        more = f"{self.more_seeds} more seed{'s' * (self.more_seeds != 1)}"
+        return f"; about {more} would settle it if the difference is real"
+
+
+def _digits(low: float | None, high: float | None) -> int:
+    """Decimals that show the width of an interval to two digits, and on which side of 0 it is."""
+    if low is None or high is None or low == high:
+        return 3
+    digits = int(np.clip(1 - math.floor(math.log10(high - low)), 0, 9))
+    nearest = min(abs(low), abs(high)) if low * high > 0 else 1.0
+    while digits < 9 and round(nearest, digits) == 0:
+        digits += 1
+    return digits
+
+
+def _range(low: float | None, high: float | None, digits: int) -> str:
+    return "" if low is None or high is None else f" [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+# -------------------------------------------------------------------------- one arm, its intervals
 
 
 def iqm(values: np.ndarray) -> float:
@@ -74,17 +115,55 @@ def iqm(values: np.ndarray) -> float:
     2108.13264, section 4.3), as scipy.stats.trim_mean cuts it: a quarter of the values, rounded
     down, from either end.
     """
-    raise NotImplementedError
+    from scipy.stats import trim_mean
+
+    return float(trim_mean(np.ravel(values), 0.25))
 
 
 def mean_of_means(strata: Sequence[np.ndarray]) -> np.ndarray:
     """A statistic for `stratified`: the mean over the strata of their means, over the last axis."""
-    raise NotImplementedError
+    return np.mean([values.mean(-1) for values in strata], axis=0)
 
 
 def iqm_of_all(strata: Sequence[np.ndarray]) -> np.ndarray:
     """A statistic for `stratified`: the interquartile mean of the runs of all strata together."""
-    raise NotImplementedError
+    from scipy.stats import trim_mean
+
+    return trim_mean(np.concatenate(list(strata), -1), 0.25, axis=-1)
+
+
+def interval(
+    value: float, resampled: np.ndarray, count: int
+) -> tuple[float, float] | tuple[None, None]:
+    """The 95 % interval of an estimate with bootstrap values [B] over samples of `count`, the
+    smallest one if there are several, which errs to the wide side. None for one.
+
+    Plain percentiles of small samples are too narrow, by sqrt((n - 1) / n) and by the normal's
+    quantile in place of Student's. So the expanded percentile interval is taken: the quantiles at
+    Phi(-sqrt(n / (n - 1)) t(.975, n - 1)) and its mirror (Hesterberg 2015, The American
+    Statistician 69(4), section 5.3). No quantile leaves the range of the resamples, though, and
+    the range of n values has the mean outside in a share 2^(1 - n) of all cases: below 5, the same
+    factors widen the standard error of the bootstrap (the t interval of the same paper).
+    """
+    if count < 2:
+        return None, None
+    factor = _factor(count)
+    if count < FEWEST:
+        half = factor * float(resampled.std())
+        return value - half, value + half
+    from scipy.special import ndtr
+
+    tail = float(ndtr(-factor))
+    low, high = np.quantile(resampled, [tail, 1 - tail])
+    return float(low), float(high)
+
+
+@cache
+def _factor(count: int) -> float:
+    """Standard errors of the bootstrap in half an interval."""
+    from scipy.special import stdtrit
+
+    return math.sqrt(count / (count - 1)) * float(stdtrit(count - 1, (1 + LEVEL) / 2))
 
 
 def stratified(
@@ -98,7 +177,10 @@ def stratified(
     stratified bootstrap: runs are drawn anew within each condition (Agarwal et al. 2021, section
     4.1); see `interval` for its width. No interval where a condition has one run.
     """
-    raise NotImplementedError
+    rng = np.random.default_rng(seed)
+    drawn = [x[rng.integers(0, len(x), (resamples, len(x)))] for x in strata]
+    value = float(statistic(strata))
+    return estimate(value, statistic(drawn), min(map(len, strata)))
 
 
 def crossed(
@@ -113,12 +195,56 @@ def crossed(
     Statistics 1(2)). Seeds are drawn for each table; tables with the same entry of `prompts` (all,
     if None) share the prompts that are drawn.
     """
-    raise NotImplementedError
+    keys = list(dict.fromkeys(prompts or [None]))
+    named = prompts or [None] * len(tables)
+    found = []
+    for i, (table, key) in enumerate(zip(tables, named, strict=True)):
+        seeds = _counts(table.shape[0], resamples, (seed, 0, i))  # [B, S]
+        asked = _counts(table.shape[1], resamples, (seed, 1, keys.index(key)))  # [B, P]
+        found.append((seeds * (asked @ table.T)).sum(1) / table.size)
+    return np.stack(found)
+
+
+@lru_cache(maxsize=16)
+def _counts(size: int, resamples: int, seed: tuple[int, ...]) -> np.ndarray:
+    """How often each of `size` things is drawn, in `size` draws [B, size]."""
+    drawn = np.random.default_rng(seed).integers(0, size, (resamples, size))
+    drawn += size * np.arange(resamples)[:, None]
+    counts = np.bincount(drawn.ravel(), minlength=resamples * size)
+    return counts.reshape(resamples, size).astype(np.float64)
 
 
 def crossed_mean(table: np.ndarray, *, resamples: int = RESAMPLES, seed: int = 0) -> Estimate:
     """Mean of a table [S, P] with the interval of `crossed`; for one seed, over prompts only."""
-    raise NotImplementedError
+    return _crossed_mean([table], None, resamples, seed)
+
+
+def _crossed_mean(
+    tables: Sequence[np.ndarray], prompts: Sequence[Hashable] | None, resamples: int, seed: int
+) -> Estimate:
+    """Mean over tables of their means. If one has one seed, seeds stand still in all."""
+    seeds, asked = (min(table.shape[axis] for table in tables) for axis in (0, 1))
+    if seeds == 1:
+        tables = [table.mean(0, keepdims=True) for table in tables]
+    value = float(np.mean([table.mean() for table in tables]))
+    drawn = crossed(tables, prompts, resamples=resamples, seed=seed).mean(0)
+    return estimate(value, drawn, asked if seeds == 1 else seeds)
+
+
+def estimate(value: float, drawn: np.ndarray, count: int) -> Estimate:
+    """With the `interval` of its bootstrap values [B]."""
+    low, high = interval(value, drawn, count)
+    return Estimate(mean=value, low=low, high=high)
+
+
+def scope_of(seeds: int, prompts: int) -> Scope:
+    """What an interval over so many of both covers."""
+    if seeds == 1:
+        return "prompts"
+    return "seeds" if prompts == 1 else "seeds and prompts"
+
+
+# ------------------------------------------------------------------------------ two arms
 
 
 def difference(
@@ -138,7 +264,42 @@ def difference(
     stratum, or if unpaired one per table, those of `first` before those of `second`. Without
     `wins` the win rate is left out.
     """
-    raise NotImplementedError
+    if paired:
+        tables = [a - b for a, b in zip(first, second, strict=True)]
+    else:  # the mean over twice as many tables is half of the difference
+        tables = [2 * a for a in first] + [-2 * b for b in second]
+    found = _crossed_mean(tables, prompts, resamples, seed)
+    seeds, asked = (min(table.shape[axis] for table in tables) for axis in (0, 1))
+    won = [(a > b) + 0.5 * (a == b) for a, b in zip(first, second, strict=True)] if paired else []
+    runs = [[table.mean(1) for table in arm] for arm in (first, second)]
+    return Difference(
+        mean=found.mean,
+        low=found.low,
+        high=found.high,
+        seeds=seeds,
+        strata=len(first),
+        prompts=asked,
+        scope=scope_of(seeds, asked),
+        paired=paired,
+        improvement=None if seeds == 1 else improvement(*runs, resamples=resamples, seed=seed),
+        win_rate=_share(_crossed_mean(won, prompts, resamples, seed)) if paired and wins else None,
+        more_seeds=_more(found.mean, tables, seeds),
+    )
+
+
+def _more(mean: float, tables: Sequence[np.ndarray], seeds: int) -> int | None:
+    if seeds < 2:
+        return None
+    variances = [table.mean(1).var(ddof=1) for table in tables]
+    needed = _needed(mean, math.sqrt(math.fsum(variances)) / len(tables))
+    return None if needed is None else max(0, needed - seeds)
+
+
+def _share(found: Estimate) -> Estimate:
+    """A share is between 0 and 1, whatever its interval reckons."""
+    if found.low is None or found.high is None:
+        return found
+    return Estimate(mean=found.mean, low=max(0.0, found.low), high=min(1.0, found.high))
 
 
 def improvement(
@@ -152,7 +313,18 @@ def improvement(
     of the Mann-Whitney share P(X > Y) + P(X = Y) / 2, from scores of runs [S] per stratum, with
     the interval of the stratified bootstrap (Agarwal et al. 2021, section 4.3).
     """
-    raise NotImplementedError
+
+    def share(arms: Sequence[np.ndarray]) -> np.ndarray:
+        return np.mean([_above(x, y) for x, y in zip(arms[::2], arms[1::2], strict=True)], axis=0)
+
+    both = [scores for pair in zip(first, second, strict=True) for scores in pair]
+    return _share(stratified(both, share, resamples=resamples, seed=seed))
+
+
+def _above(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Share of the pairs of x [..., n] and y [..., m] in which x is larger, ties half [...]."""
+    x, y = x[..., :, None], y[..., None, :]
+    return ((x > y) + 0.5 * (x == y)).mean((-2, -1))
 
 
 def seeds_needed(differences: np.ndarray) -> int | None:
@@ -162,4 +334,14 @@ def seeds_needed(differences: np.ndarray) -> int | None:
 
     That many have an even chance of settling it; for four chances in five plan for twice as many.
     """
-    raise NotImplementedError
+    if len(differences) < 2:
+        return None
+    return _needed(float(np.mean(differences)), float(np.std(differences, ddof=1)))
+
+
+def _needed(mean: float, deviation: float) -> int | None:
+    from scipy.special import stdtrit
+
+    n = np.arange(2, MOST_SEEDS + 1)
+    enough = stdtrit(n - 1, (1 + LEVEL) / 2) * deviation / np.sqrt(n) < abs(mean)
+    return int(n[enough.argmax()]) if enough.any() else None
