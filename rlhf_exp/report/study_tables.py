@@ -24,9 +24,9 @@ GOLD = (
 )
 BEHAVIOR = (
     Column(key="proxy", head="proxy", interval=True),
-    Column(key="k1", head="KL (nats)", interval=True, digits=2),
+    Column(key="kl", head="KL (nats)", interval=True, digits=2),
     Column(key="exact", head="exact KL (nats)", interval=True, digits=2),
-    Column(key="win", head="win rate against the start", interval=True),
+    Column(key="win", head="win rate (start)", interval=True),
     Column(key="correct", head="accuracy", interval=True),
     Column(key="length", head="length (tokens)", interval=True, digits=1),
     Column(key="ended", head="ended", interval=True),
@@ -49,7 +49,7 @@ DIFFERENCE = (
     Column(key="paired", head="paired"),
     Column(key="improvement", head="P(improvement)", interval=True),
     Column(key="win_rate", head="win rate", interval=True),
-    Column(key="more_seeds", head="more seeds that would settle it"),
+    Column(key="more_seeds", head="more seeds needed"),
 )
 
 
@@ -91,7 +91,7 @@ def arms(findings: Findings) -> Table:
         rows.append(row | {"relative_gain": relative and relative.gain})
     columns = [Column(**{**vars(c), "head": c.head.format(single=findings.single)}) for c in GOLD]
     note = (
-        "Means over seeds [95 % interval]; gold is the mean over held-out prompts. Gain is final "
+        "Means over seeds [95 % interval over seeds and prompts, of the IQM over seeds]. Gain is final "
         "gold minus the start's; the gap is peak minus final."
     )
     if why := {r.reason for r in findings.relative.values() if r.reason}:
@@ -111,7 +111,8 @@ def behavior(findings: Findings) -> Table:
     return Table(
         name="behavior",
         title="Proxy, KL and text by arm",
-        note="After training, means over seeds [95 % interval]; win rate, ended, distinct, "
+        note="After training, means over seeds [95 % interval]; the win rate is that of gold against the "
+        "start policy's completions; win rate, ended, distinct, "
         "repetition and accuracy are shares.",
         columns=[arm_column(findings), Column(key="seeds", head="seeds"), *known(BEHAVIOR, rows)],
         rows=rows,
@@ -126,7 +127,8 @@ def contrasts(findings: Findings) -> Table:
         title="Contrasts of final gold",
         note="Gold of the value minus gold of what it stands against, the other settings being "
         "the same; open: the interval includes 0. P(improvement): that a run of the one scores "
-        "above a run of the other.",
+        "above a run of the other; win rate: share of seeds and prompts where it does; more seeds "
+        "needed: about how many would settle it, if the difference is real.",
         columns=[Column(key="setting", head="setting"), *DIFFERENCE],
         rows=rows,
     )
@@ -190,7 +192,8 @@ def equal_kl_contrasts(findings: Findings) -> Table:
     return Table(
         name="equal_kl_contrasts",
         title=f"Contrasts of {findings.layout.compared} at equal KL",
-        note="As above, of gold at this KL, from the runs that get there.",
+        note="Read as the contrasts of final gold; gold where runs first come to this KL, of the "
+        "runs that get there.",
         columns=[Column(key="kl", head="KL (nats)", digits=2), *DIFFERENCE],
         rows=rows,
     )

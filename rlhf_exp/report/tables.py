@@ -75,7 +75,7 @@ class Table:
     def to_html(self) -> Markup:
         """For the page: sortable, and folded if it is long."""
         numeric = [
-            any(isinstance(row.get(c.key), int | float | Estimate) for row in self.rows)
+            any(_is_number(row.get(c.key)) for row in self.rows)
             for c in self.columns
         ]
         rows = [list(zip(cells, numeric, strict=True)) for cells in self._cells()]
@@ -89,6 +89,10 @@ class Table:
         return [
             [_cell(column, row.get(column.key)) for column in self.columns] for row in self.rows
         ]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float | Estimate) and not isinstance(value, bool)
 
 
 def _names(column: Column) -> list[str]:
