@@ -17,7 +17,7 @@ from rlhf_exp.report.contrasts import comparable
 from rlhf_exp.report.overoptimization import at_kl, course
 from rlhf_exp.report.records import Record
 from rlhf_exp.report.settings import differing
-from rlhf_exp.report.statistics import Difference, difference
+from rlhf_exp.report.statistics import difference
 
 WIDTH = 120  # columns of a terminal
 SHARES = (1.0, 0.75, 0.5, 0.25)  # of the largest KL that both reach
@@ -129,9 +129,8 @@ def as_text(found: dict[str, Any]) -> str:
 
 
 def _row(name: str, entry: dict[str, Any]) -> tuple[str, ...]:
-    told = {k: v for k, v in entry["difference"].items() if k not in ("verdict", "told")}
-    what = Difference(**told | {"improvement": None, "win_rate": None}).told
-    return name, *(f"{mean:.3f}" for mean in entry["means"]), what.split("; other seeds")[0]
+    told = entry["difference"]["told"].partition(";")[0]  # the note below says the rest
+    return name, *(f"{mean:.3f}" for mean in entry["means"]), told
 
 
 def _wins(told: dict[str, Any]) -> list[str]:

@@ -158,8 +158,9 @@ class _Side:
         for record in records:
             value = measured(record, measure)
             if value is None:
-                what = f"KL {measure[1]:g}" if isinstance(measure, tuple) else measure
-                notes.append(f"{record.run.directory} does not reach or have {what}")
+                kl = isinstance(measure, tuple)
+                why = f"never comes to a KL of {measure[1]:g}" if kl else f"has no {measure}"
+                notes.append(f"{record.run.directory} {why}")
             else:
                 side.runs.append(record)
                 side.values.append(value)

@@ -73,7 +73,7 @@ def _column(jobs: Sequence[Run], given: Sequence[Settings], name: str) -> list[s
             words.setdefault(shown, set()).add(overrides[name])
     one = {shown: next(iter(found)) for shown, found in words.items() if len(found) == 1}
     texts = [o.get(name) or one.get(c, c) for o, c in zip(given, configured, strict=True)]
-    return [c if "${" in text else text for text, c in zip(texts, configured, strict=True)]
+    return [c if "$" in text else text for text, c in zip(texts, configured, strict=True)]
 
 
 def _parted(override: str) -> tuple[str, str]:
