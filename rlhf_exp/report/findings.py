@@ -20,6 +20,7 @@ from rlhf_exp.report.overoptimization import (
     summaries,
 )
 from rlhf_exp.report.records import Record
+from rlhf_exp.report.settings import UNKNOWN
 from rlhf_exp.report.statistics import RESAMPLES, Estimate, crossed_mean, stratified
 
 SINGLE = ("single", "pairwise", "Pairwise")  # values of a reward that are one reward model
@@ -110,7 +111,8 @@ class Findings:
 
     def _contrasts(self, axis: str, measure: str | tuple) -> list[Contrast]:
         against = self.baseline.get(axis)
-        return contrasts(self.records, axis, against, measure, resamples=self.resamples)
+        found = contrasts(self.records, axis, against, measure, resamples=self.resamples)
+        return [c for c in found if UNKNOWN not in (c.value, c.against)]
 
     @cached_property
     def levels(self) -> list[float]:
@@ -136,7 +138,12 @@ class Findings:
     def equal_kl_contrasts(self) -> list[Contrast]:
         """Of gold at each level, for the setting that is compared."""
         axis = self.layout.compared
-        return [c for kl in self.levels if axis for c in self._contrasts(axis, ("kl", kl))]
+        return [
+            c
+            for kl in self.levels
+            if axis in self.layout.axes
+            for c in self._contrasts(axis, ("kl", kl))
+        ]
 
     @cached_property
     def single(self) -> str | None:

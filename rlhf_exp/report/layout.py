@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from rlhf_exp.report.look import Look, looks
-from rlhf_exp.report.records import Record
-from rlhf_exp.report.settings import UNKNOWN, Settings, label
+from rlhf_exp.report.records import ALL, Record
+from rlhf_exp.report.settings import UNKNOWN, Settings, short
 
 PREFERRED = ("reward", "algo")  # a study is mostly about these, or about a setting within them
 
@@ -58,11 +58,17 @@ class Layout:
 
     @cached_property
     def axes(self) -> dict[str, list[str]]:
-        """The settings that differ, each with its values, the one that is compared first."""
+        """The settings that differ among the arms that have them, each with its values, the one
+        that is compared first.
+        """
         names = sorted(self.arms[0].settings, key=lambda name: name != self.compared)
-        return {
-            name: list(dict.fromkeys(arm.settings[name] for arm in self.arms)) for name in names
-        }
+        values = {n: dict.fromkeys(arm.settings[n] for arm in self.arms) for n in names}
+        known = {name: [v for v in found if v != UNKNOWN] for name, found in values.items()}
+        return {name: found for name, found in known.items() if len(found) > 1}
+
+    def arm(self, record: Record) -> Arm:
+        """The arm of a run."""
+        return next(arm for arm in self.arms if arm.settings == record.settings)
 
 
 def arrange(records: Sequence[Record], first: str = "") -> Layout:
@@ -82,18 +88,26 @@ def arrange(records: Sequence[Record], first: str = "") -> Layout:
     ]
     return Layout(
         compared=compared,
-        arms=tuple(_arm(name, group, within) for name, group in groups.items()),
+        arms=tuple(_arm(group, within) for group in groups.values()),
     )
 
 
-def _arm(name: str, records: list[Record], within: Sequence[str]) -> Arm:
+def named(settings: Settings) -> str:
+    """The settings that an arm has, on one line."""
+    names = short(list(settings))
+    told = zip(names, settings.values(), strict=True)
+    return ", ".join(f"{name}={text}" for name, text in told if text != UNKNOWN) or ALL
+
+
+def _arm(records: list[Record], within: Sequence[str]) -> Arm:
     """`within`: the setting that is compared, and those that belong to its values."""
     settings = records[0].settings
     own = [settings[k] for k in within if settings[k] != UNKNOWN]
+    others = {k: v for k, v in settings.items() if k not in within}
     return Arm(
-        name=name,
-        value=", ".join(own) or name,
-        panel=label({k: v for k, v in settings.items() if k not in within}),
+        name=named(settings),
+        value=", ".join(own) or ALL,
+        panel=named(others) if others else "",
         settings=settings,
         records=tuple(records),
     )

@@ -30,7 +30,7 @@ def runs(findings: Findings) -> Table:
     for record, course in zip(findings.records, findings.courses, strict=True):
         last = {name: record.last.mean(name) for name in record.last.values}
         rows.append(
-            {**record.settings, **last, **vars(course), "arm": record.arm, "seed": int(record.seed)}
+            {**record.settings, **last, **vars(course), "seed": int(record.seed)}
             | {"tokens": record.tokens, "seconds": record.seconds}
             | {"directory": str(record.run.directory)}
         )
@@ -51,7 +51,7 @@ def runs(findings: Findings) -> Table:
     colors = findings.layout.colors
     named = [
         Column(key=n, head=n, colors=colors if n == findings.layout.compared else {})
-        for n in findings.layout.axes
+        for n in findings.layout.arms[0].settings
     ]
     seed, where = Column(key="seed", head="seed"), Column(key="directory", head="directory")
     return Table(
@@ -71,7 +71,11 @@ def benchmarks(findings: Findings) -> Table:
         before, after = told.get("before") or {}, told.get("after") or {}
         for task in dict.fromkeys((*before, *after)):
             rows += _benchmark(
-                record.arm, record.seed, task, before.get(task, {}), after.get(task, {})
+                findings.layout.arm(record).name,
+                record.seed,
+                task,
+                before.get(task, {}),
+                after.get(task, {}),
             )
     named = [Column(key=k, head=k) for k in ("seed", "task", "metric")]
     heads = {"before_stderr": "± (standard error)", "after_stderr": "± (standard error)"}

@@ -15,10 +15,9 @@ import numpy as np
 from rlhf_exp.report.contrasts import Contrast
 from rlhf_exp.report.drawing import DRAWN, INK, Figure, save
 from rlhf_exp.report.findings import Findings, Point
-from rlhf_exp.report.layout import Arm, Layout
+from rlhf_exp.report.layout import Arm, Layout, named
 from rlhf_exp.report.look import GREY, PALETTE, Look
 from rlhf_exp.report.overoptimization import Fit
-from rlhf_exp.report.settings import label
 from rlhf_exp.report.statistics import Difference, Estimate
 from rlhf_exp.report.tables import MINUS
 
@@ -63,7 +62,8 @@ def by_kl(plt: Any, folder: Path, findings: Findings) -> Figure:
     styles: dict[str, Look] = {"gold": {}, "proxy": {"linestyle": "--", "alpha": 0.7}}
     caption = (
         "Solid: gold; dashed: proxy; means over seeds at each evaluation; bands: 95 % "
-        "intervals over seeds, for these prompts. Where gold falls while proxy goes on rising, the proxy is over-optimized."
+        "intervals over seeds, for these prompts. Where gold falls while proxy goes on rising, the "
+        "proxy is over-optimized."
     )
     if findings.fits:
         styles["fit to gold"] = {"linestyle": ":"}
@@ -181,11 +181,10 @@ def _lines(contrast: Contrast) -> list[Line]:
     if contrast.overall is None:
         return []
     if len(contrast.strata) == 1:
-        where = label(contrast.strata[0].settings)
-        name += f" ({where})" if where else ""
+        name += f" ({named(contrast.strata[0].settings)})"
         return [Line(name=name, difference=contrast.overall)]
     return [Line(name=name, difference=contrast.overall)] + [
-        Line(name=label(s.settings), difference=s.difference, within=True) for s in contrast.strata
+        Line(name=named(s.settings), difference=s.difference, within=True) for s in contrast.strata
     ]
 
 

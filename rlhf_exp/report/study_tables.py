@@ -5,10 +5,9 @@ from collections.abc import Sequence
 from rlhf_exp.report import run_tables
 from rlhf_exp.report.contrasts import Contrast
 from rlhf_exp.report.findings import Findings
-from rlhf_exp.report.layout import Arm
+from rlhf_exp.report.layout import Arm, named
 from rlhf_exp.report.overoptimization import Summary
 from rlhf_exp.report.run_tables import Row, arm_column, known
-from rlhf_exp.report.settings import label
 from rlhf_exp.report.statistics import Difference, Estimate
 from rlhf_exp.report.tables import Column, Table
 
@@ -43,10 +42,10 @@ DIFFERENCE = (
     Column(key="difference", head="difference", interval=True, signed=True),
     Column(key="verdict", head="verdict"),
     Column(key="seeds", head="seeds"),
-    Column(key="strata", head="strata"),
-    Column(key="prompts", head="prompts"),
+    Column(key="strata", head="strata", files=True),
+    Column(key="prompts", head="prompts", files=True),
     Column(key="scope", head="interval over"),
-    Column(key="paired", head="paired"),
+    Column(key="paired", head="paired", files=True),
     Column(key="improvement", head="P(improvement)", interval=True),
     Column(key="win_rate", head="win rate", interval=True),
     Column(key="more_seeds", head="more seeds needed"),
@@ -91,8 +90,8 @@ def arms(findings: Findings) -> Table:
         rows.append(row | {"relative_gain": relative and relative.gain})
     columns = [Column(**{**vars(c), "head": c.head.format(single=findings.single)}) for c in GOLD]
     note = (
-        "Means over seeds [95 % interval over seeds and prompts, of the IQM over seeds]. Gain is final "
-        "gold minus the start's; the gap is peak minus final."
+        "Means over seeds [95 % interval over seeds and prompts, of the IQM over seeds]. Gain is "
+        "final gold minus the start's; the gap is peak minus final."
     )
     if why := {r.reason for r in findings.relative.values() if r.reason}:
         note += f" No relative gain where: {'; '.join(sorted(why))}."
@@ -111,9 +110,9 @@ def behavior(findings: Findings) -> Table:
     return Table(
         name="behavior",
         title="Proxy, KL and text by arm",
-        note="After training, means over seeds [95 % interval]; the win rate is that of gold against the "
-        "start policy's completions; win rate, ended, distinct, "
-        "repetition and accuracy are shares.",
+        note="After training, means over seeds [95 % interval]; the win rate is that of gold "
+        "against the start policy's completions; win rate, ended, distinct, repetition and "
+        "accuracy are shares.",
         columns=[arm_column(findings), Column(key="seeds", head="seeds"), *known(BEHAVIOR, rows)],
         rows=rows,
     )
@@ -136,14 +135,14 @@ def contrasts(findings: Findings) -> Table:
 
 def _lines(contrast: Contrast) -> list[Row]:
     """One row over all strata, if there are several, and one for each."""
-    named = {"setting": contrast.axis, "value": contrast.value, "against": contrast.against}
+    told = {"setting": contrast.axis, "value": contrast.value, "against": contrast.against}
     rows = []
     if contrast.overall and len(contrast.strata) != 1:
         where = f"all {contrast.overall.strata} strata"
-        rows.append(named | {"stratum": where} | _difference(contrast.overall))
+        rows.append(told | {"stratum": where} | _difference(contrast.overall))
     for stratum in contrast.strata:
-        where = label(stratum.settings) or "all runs"
-        rows.append(named | {"stratum": where} | _difference(stratum.difference))
+        where = named(stratum.settings)
+        rows.append(told | {"stratum": where} | _difference(stratum.difference))
     return rows
 
 

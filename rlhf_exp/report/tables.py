@@ -28,6 +28,7 @@ class Column:
     digits: int = 3  # after the point, on the page and in Markdown
     signed: bool = False  # a plus before what is positive: changes and differences
     interval: bool = False  # holds Estimates: three columns of the CSV file
+    files: bool = False  # in the files alone, not on the page
     colors: Mapping[str, str] = field(default_factory=dict)  # a patch before each of these texts
 
 
@@ -74,16 +75,11 @@ class Table:
 
     def to_html(self) -> Markup:
         """For the page: sortable, and folded if it is long."""
-        numeric = [
-            any(_is_number(row.get(c.key)) for row in self.rows)
-            for c in self.columns
-        ]
-        rows = [list(zip(cells, numeric, strict=True)) for cells in self._cells()]
-        heads = list(zip(self.columns, numeric, strict=True))
-        folded = len(rows) > LONG
-        return Markup(
-            template("table.html").render(table=self, heads=heads, rows=rows, long=folded)
-        )
+        shown = [column for column in self.columns if not column.files]
+        heads = [(c, any(_is_number(row.get(c.key)) for row in self.rows)) for c in shown]
+        rows = [[(_cell(c, row.get(c.key)), number) for c, number in heads] for row in self.rows]
+        page = template("table.html")
+        return Markup(page.render(table=self, heads=heads, rows=rows, long=len(rows) > LONG))
 
     def _cells(self) -> list[list[Cell]]:
         return [
