@@ -181,7 +181,7 @@ BROKEN: dict[str, tuple[Any, str]] = {
         lambda d: edited(
             d / "run.json", config={"seed": 0}, fingerprint=runs.config_fingerprint({"seed": 0})
         ),
-        "/run.json names no algo, so it is no run of rlhf_exp",
+        "/run.json names no algo or seed: it is no run of rlhf_exp",
     ),
     "partial": (
         not_finished,
@@ -213,6 +213,14 @@ BROKEN: dict[str, tuple[Any, str]] = {
     "cut short": (cut, f"/{STEP} is damaged or cut short: copy it again"),
     "no rows": (lambda d: edited(d / STEP, rows=[]), f"/{STEP} is damaged or cut short"),
     "no object": (lambda d: (d / STEP).write_text("[1]"), f"/{STEP} is damaged or cut short"),
+    "no prompts": (
+        lambda d: rows_of(d, lambda i, row: {k: v for k, v in row.items() if k != "prompt"}),
+        f"/{STEP} is damaged or cut short",
+    ),
+    "a mean that is none": (
+        lambda d: edited(d / STEP, metrics={"text/distinct_1": float("nan")}),
+        f"/{STEP} holds text/distinct_1 that is no finite number",
+    ),
     "no gold": (
         lambda d: rows_of(d, lambda i, row: row if i else row | {"gold": None}),
         f"/{STEP} is damaged: not every row has a number as gold",
@@ -264,6 +272,18 @@ def test_one_run_counts_once_and_a_usable_copy_stands_for_a_damaged_one(tmp_path
     assert [record.run.directory for record in found] == [second]
     assert left_out[0].startswith(f"{first}/{STEP} is damaged")
     assert left_out[1:] == [f"{third} is the same run as {second}"]
+
+
+def test_a_run_of_another_version_is_no_further_seed(tmp_path: Path) -> None:
+    first, second = one(tmp_path / "a"), one(tmp_path / "b")
+    config = configured()
+    del config["sampler"]
+    edited(first / "run.json", config=config, fingerprint=runs.config_fingerprint(config))
+    _, left_out = records.read([str(tmp_path)])
+    assert left_out == [
+        f"{second} has the settings and the seed of {first}, though another version wrote its "
+        "config"
+    ]
 
 
 def test_directories_without_runs_and_damaged_sweeps_are_named(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from rlhf_exp.report.statistics import (
     difference,
     estimate,
     scope_of,
+    sizes,
 )
 
 Groups = dict[str, dict[tuple[tuple[str, str], ...], list[Record]]]  # by value, by other settings
@@ -243,13 +244,13 @@ def relative_gains(
             sides = [_Side.of(some, "gain", []) for some in (runs, values[value].get(other, []))]
             if sides[1].runs:
                 gain, reason = _relative(*sides, resamples=resamples, seed=seed)
-            seeds, prompts = (min(s.table.shape[i] for s in sides if s.runs) for i in (0, 1))
+            shape = sizes([side.table for side in sides if side.runs])
             found.append(
                 RelativeGain(
                     arm=runs[0].arm,
                     settings=runs[0].settings,
                     gain=gain,
-                    scope=scope_of(seeds, prompts) if gain else None,
+                    scope=scope_of(*shape) if gain else None,
                     reason=reason,
                 )
             )
@@ -264,7 +265,7 @@ def _relative(
     if base.low is None or base.low <= 0:
         return None, f"{single.runs[0].arm} gains {base.told}, which may be nothing or a loss"
     tables = [arm.table, single.table]
-    seeds, prompts = (min(table.shape[i] for table in tables) for i in (0, 1))
+    seeds, prompts = sizes(tables)
     if seeds == 1:
         tables = [table.mean(0, keepdims=True) for table in tables]
     drawn = crossed(tables, _asked([arm, single]), resamples=resamples, seed=seed)

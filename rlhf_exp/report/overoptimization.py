@@ -13,7 +13,7 @@ completions do: no win rates are given against them.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -24,7 +24,7 @@ from rlhf_exp.report.statistics import (
     RESAMPLES,
     Estimate,
     Scope,
-    crossed_mean,
+    crossed_means,
     estimate,
     iqm_of_all,
     scope_of,
@@ -183,47 +183,44 @@ def summaries(
     every column of the last evaluation but gold, and those of its metrics that only a whole
     evaluation has (text/distinct_1, ...); of those that all the runs have.
     """
-    names = (
-        "start",
-        "final",
-        "peak",
-        "gap",
-        *GAINS,
-        *(k for k in records[0].last.values if k != "gold"),
-    )
-    found = {}
-    for name in names:
-        values = [r.first.values["gold"] if name == "start" else measured(r, name) for r in records]
-        known = [x for x in values if x is not None]
-        if len(known) == len(records):
-            found["kl" if name == "k1" else name] = _summary(known, records, resamples, seed)
+    values = {name: _of_all(records, name) for name in ("start", "final", "peak", "gap", *GAINS)}
+    columns = [name for name in records[0].last.values if name != "gold"]
+    values |= {"kl" if name == "k1" else name: _of_all(records, name) for name in columns}
     courses = [course(record) for record in records]
     whole = {"peak_step": [c.peak_step for c in courses], "peak_kl": [c.peak_kl for c in courses]}
     for name in records[0].last.metrics:
         if name.startswith(WHOLE) and all(name in r.last.metrics for r in records):
             whole[name] = [r.last.metrics[name] for r in records]
-    for name, values in whole.items():
-        by_run = [np.array([value], float) for value in values]
-        found[name] = replace(_summary(by_run, records, resamples, seed), prompts=None)
-    return found
+    by_prompt = {name: stacked(found, records) for name, found in values.items() if found}
+    by_run = {name: np.array(found, float)[:, None] for name, found in whole.items()}
+    told = _summaries(by_prompt, len(records[0].prompts), resamples, seed)
+    return told | _summaries(by_run, None, resamples, seed)
 
 
-def _summary(
-    values: Sequence[np.ndarray], records: Sequence[Record], resamples: int, seed: int
-) -> Summary:
-    """Of values [P] by prompt of each run, or [1] of the run as a whole."""
-    table = stacked(values, records)
-    mean = crossed_mean(table, resamples=resamples, seed=seed)
-    runs = np.array([x.mean() for x in values])
-    return Summary(
-        mean=mean.mean,
-        low=mean.low,
-        high=mean.high,
-        iqm=stratified([runs], iqm_of_all, resamples=resamples, seed=seed),
-        seeds=len(runs),
-        prompts=len(values[0]),
-        scope=scope_of(*table.shape),
-    )
+def _of_all(records: Sequence[Record], name: str) -> list[np.ndarray]:
+    """A measure of all runs [P], or nothing if one has none."""
+    found = [r.first.values["gold"] if name == "start" else measured(r, name) for r in records]
+    return [] if any(x is None for x in found) else [x for x in found if x is not None]
+
+
+def _summaries(
+    tables: dict[str, np.ndarray], prompts: int | None, resamples: int, seed: int
+) -> dict[str, Summary]:
+    """Of tables [S, P], all of one shape, in one go."""
+    stack = np.stack(list(tables.values()), -1)  # [S, P, M]
+    means = crossed_means([stack], resamples=resamples, seed=seed)
+    return {
+        name: Summary(
+            mean=mean.mean,
+            low=mean.low,
+            high=mean.high,
+            iqm=stratified([table.mean(1)], iqm_of_all, resamples=resamples, seed=seed),
+            seeds=len(table),
+            prompts=prompts,
+            scope=scope_of(*table.shape),
+        )
+        for (name, table), mean in zip(tables.items(), means, strict=True)
+    }
 
 
 def stacked(values: Sequence[np.ndarray], records: Sequence[Record]) -> np.ndarray:

@@ -7,7 +7,6 @@ failed are missing from an arm not by chance: an arm looks better without them.
 
 import glob
 import json
-import re
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -19,11 +18,12 @@ import numpy as np
 import yaml
 
 from rlhf_exp import runs
+from rlhf_exp.report import evaluations
+from rlhf_exp.report.evaluations import Evaluated
 from rlhf_exp.report.settings import Settings, differing, label, without_seed
 from rlhf_exp.report.sweep import logged
 from rlhf_exp.runs import Run
 
-NEEDED = ("gold", "proxy", "k1", "length")  # columns that every evaluation must have
 NOMINAL = "rlhf_exp.algorithms.best_of_n."  # algorithms whose KL is a formula, not measured
 ALL = "all runs"
 REASONS = 3  # told of a study in which nothing is usable
@@ -36,20 +36,6 @@ CURES = {
     "pruned": "start it with pruning=null to see its end",
     "missing": "start the command that asked for it again",
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evaluated:
-    """One evaluation of a run."""
-
-    step: int  # n, for best-of-n
-    metrics: dict[str, float]  # means over the completions, and what only a whole evaluation has
-    # by column of the rows, booleans as 0 and 1: means over each prompt's completions, float64 [P]
-    values: dict[str, np.ndarray]
-
-    def mean(self, name: str) -> float:
-        """Mean of a column over the prompts."""
-        return float(self.values[name].mean())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,12 +83,12 @@ class Record:
     @cached_property
     def first_rows(self) -> list[dict[str, Any]]:
         """The raw rows of the first evaluation, one per completion, read when asked for."""
-        return _content(_files(self.run.directory)[0])["rows"]
+        return evaluations.content(evaluations.files(self.run.directory)[0])["rows"]
 
     @cached_property
     def last_rows(self) -> list[dict[str, Any]]:
         """The raw rows of the last evaluation."""
-        return _content(_files(self.run.directory)[-1])["rows"]
+        return evaluations.content(evaluations.files(self.run.directory)[-1])["rows"]
 
 
 def read(patterns: Sequence[str]) -> tuple[list[Record], list[str]]:
@@ -114,7 +100,7 @@ def read(patterns: Sequence[str]) -> tuple[list[Record], list[str]]:
     """
     left_out: list[str] = []
     found = [d for pattern in patterns for d in _matched(pattern, left_out)]
-    records = load(found, left_out)
+    records = _once(load(found, left_out), left_out)
     if not records:
         more = f" (and {len(left_out) - REASONS} more)" if len(left_out) > REASONS else ""
         asked, why = ", ".join(patterns), "; ".join(left_out[:REASONS])
@@ -140,6 +126,21 @@ def load(directories: Iterable[Path], left_out: list[str]) -> list[Record]:
         Record(settings=without_seed(settings), **parts)
         for settings, parts in zip(told, found.values(), strict=True)
     ]
+
+
+def _once(records: list[Record], left_out: list[str]) -> list[Record]:
+    """One run for each seed of an arm: a second one, of a config that an older version wrote with
+    fewer keys, is no further seed.
+    """
+    found: dict[tuple[str, str], Record] = {}
+    for record in records:
+        first = found.setdefault((record.arm, record.seed), record)
+        if first is not record:
+            left_out.append(
+                f"{record.run.directory} has the settings and the seed of {first.run.directory}, "
+                "though another version wrote its config"
+            )
+    return list(found.values())
 
 
 def _matched(pattern: str, left_out: list[str]) -> list[Path]:
@@ -180,8 +181,9 @@ def _usable(directory: Path) -> Run:
     run = runs.read(directory)
     if run.state != "finished":
         raise ValueError(_unfinished(run))
-    if not isinstance(run.config.get("algo"), dict) or "_target_" not in run.config["algo"]:
-        raise ValueError(f"{directory}/run.json names no algo, so it is no run of rlhf_exp")
+    algo = run.config.get("algo")
+    if not isinstance(algo, dict) or "_target_" not in algo or "seed" not in run.config:
+        raise ValueError(f"{directory}/run.json names no algo or seed: it is no run of rlhf_exp")
     asked = directory / ".hydra" / "overrides.yaml"
     with suppress(OSError, yaml.YAMLError):  # what it says is in the config, too
         given = yaml.safe_load(asked.read_text())
@@ -196,107 +198,21 @@ def _unfinished(run: Run) -> str:
     return f"{run.directory} is not finished ({run.state}{steps}{error}); {cure}"
 
 
-# ------------------------------------------------------------------------------------- evaluations
-
-
 def _parts(run: Run) -> dict[str, Any]:
     """All of a record but its settings."""
-    files = _files(run.directory)
-    if not files:
-        raise ValueError(
-            f"{run.directory} is finished and has no evaluation/step-*.json: give runs with the "
-            "stage align"
-        )
-    prompts, evaluations = (), []
-    for path in files:
-        asked, evaluated = _evaluated(path, run.directory)
-        if evaluations and asked != prompts:
-            raise ValueError(
-                f"{path} has other prompts than {files[0].name}, so nothing can be compared within "
-                "the run: start it again in a new directory"
-            )
-        prompts = asked
-        evaluations.append(evaluated)
+    prompts, found = evaluations.read(run.directory)
     about = json.loads((run.directory / "run.json").read_bytes())
     tokens, seconds = _cost(run.directory / "metrics.jsonl")
     return {
         "run": run,
         "seed": str(about.pop("config")["seed"]),
         "prompts": prompts,
-        "evaluations": tuple(sorted(evaluations, key=lambda e: e.step)),
+        "evaluations": found,
         "summary": _summary(run.directory / "summary.json"),
         "about": about,
         "tokens": tokens,
         "seconds": seconds,
     }
-
-
-def _files(directory: Path) -> list[Path]:
-    """The evaluation files, by step."""
-    found = {
-        int(match[1]): path
-        for path in (directory / "evaluation").glob("step-*.json")
-        if (match := re.fullmatch(r"step-(\d+)\.json", path.name))
-    }
-    return [found[step] for step in sorted(found)]
-
-
-def _content(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_bytes())
-        if not found["rows"]:
-            raise ValueError
-        _ = found["step"] + 0, {**found["metrics"]}, {**found["rows"][0]}
-        return found
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(
-            f"{path} is damaged or cut short: copy it again from where the run was made, or start "
-            "the run again in a new directory"
-        ) from None
-
-
-def _evaluated(path: Path, directory: Path) -> tuple[tuple[str, ...], Evaluated]:
-    content = _content(path)
-    rows = content["rows"]
-    if not all("gold" in row for row in rows):
-        raise ValueError(
-            f"{path} has rows without gold: add it with: "
-            f"python -m rlhf_exp stages=[evaluate] run={directory}"
-        )
-    columns = _columns(rows)
-    if missing := [name for name in NEEDED if name not in columns]:
-        raise ValueError(f"{path} is damaged: not every row has a number as {', '.join(missing)}")
-    for name, column in columns.items():
-        if np.isnan(column).any() or (name in NEEDED and not np.isfinite(column).all()):
-            raise ValueError(
-                f"{path} holds {name} that is no finite number: the run has diverged; leave it out "
-                "or start it again with a lower learning rate"
-            )
-    prompts, values = _by_prompt([row["prompt"] for row in rows], columns)
-    metrics = {k: float(v) for k, v in content["metrics"].items() if isinstance(v, int | float)}
-    return prompts, Evaluated(step=int(content["step"]), metrics=metrics, values=values)
-
-
-def _columns(rows: list[dict[str, Any]]) -> dict[str, np.ndarray]:
-    """The columns that are numbers in every row, float64 [N]."""
-    found = {}
-    for name in rows[0]:
-        with suppress(KeyError, ValueError):
-            column = np.array([row[name] for row in rows])
-            if column.dtype.kind in "biuf" and column.ndim == 1:
-                found[name] = column.astype(np.float64)
-    return found
-
-
-def _by_prompt(
-    asked: list[str], columns: dict[str, np.ndarray]
-) -> tuple[tuple[str, ...], dict[str, np.ndarray]]:
-    """The prompts in order of first appearance, and means over each prompt's rows [P]."""
-    index = {prompt: i for i, prompt in enumerate(dict.fromkeys(asked))}
-    where = np.array([index[prompt] for prompt in asked])
-    counts = np.bincount(where)
-    means = {k: np.bincount(where, column) / counts for k, column in columns.items()}
-    return tuple(index), means
 
 
 def _summary(path: Path) -> dict[str, Any]:

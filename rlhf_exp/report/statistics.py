@@ -14,97 +14,17 @@ apart. Left out: corrections for that, models with random effects, anything Baye
 
 import math
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
 from functools import cache, lru_cache
-from typing import Literal
 
 import numpy as np
+
+from rlhf_exp.report.estimates import Difference, Estimate, Scope
 
 LEVEL = 0.95
 RESAMPLES = 10_000
 MOST_SEEDS = 10_000  # nobody trains more
 FEWEST = 5  # below, resamples of so few values have no tails to take a quantile from
-Scope = Literal["seeds and prompts", "seeds", "prompts"]
 Statistic = Callable[[Sequence[np.ndarray]], np.ndarray]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Estimate:
-    """A number with its 95 % interval; low and high are None where there can be none."""
-
-    mean: float
-    low: float | None = None
-    high: float | None = None
-
-    @property
-    def told(self) -> str:
-        """0.12 [0.03, 0.21]"""
-        digits = _digits(self.low, self.high)
-        return f"{self.mean:.{digits}f}{_range(self.low, self.high, digits)}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Difference:
-    """What one arm has more than another."""
-
-    mean: float
-    low: float | None
-    high: float | None
-    seeds: int  # per stratum, in the one that has fewest
-    strata: int  # settings that both arms have, over which the mean goes
-    prompts: int
-    scope: Scope
-    paired: bool  # by seed and prompt
-    improvement: Estimate | None  # P(a run of the one is above a run of the other); None for 1 seed
-    win_rate: Estimate | None  # share of pairs (seed, prompt) in which the one is above; ties half
-    more_seeds: int | None  # that would settle it, were the difference what it seems to be
-
-    @property
-    def verdict(self) -> Literal["higher", "lower", "open"]:
-        """ "higher" and "lower" only where the interval excludes 0."""
-        if self.low is not None and self.low > 0:
-            return "higher"
-        return "lower" if self.high is not None and self.high < 0 else "open"
-
-    @property
-    def told(self) -> str:
-        """+0.02 [-0.05, 0.09] over 5 seeds: open; about 14 more seeds would settle it if the
-        difference is real
-        """
-        digits = _digits(self.low, self.high)
-        what = f"{self.mean:+.{digits}f}{_range(self.low, self.high, digits)}"
-        seeds = f"{self.seeds} seed{'s' * (self.seeds != 1)}"
-        if self.strata > 1:
-            seeds = f"{self.strata} settings of {seeds}"
-        if self.scope == "prompts":
-            seeds = f"{self.prompts} prompts of {seeds}"
-        pairing = "" if self.paired else ", unpaired"
-        return f"{what} over {seeds}{pairing}: {self.verdict}{self._outlook()}"
-
-    def _outlook(self) -> str:
-        if self.scope == "prompts":
-            return "; other seeds may differ"
-        if self.verdict != "open" or self.more_seeds is None:
-            return ""
-        if not self.more_seeds:
-            return "; more prompts would tell more than more seeds"
-        more = f"{self.more_seeds} more seed{'s' * (self.more_seeds != 1)}"
-        return f"; about {more} would settle it if the difference is real"
-
-
-def _digits(low: float | None, high: float | None) -> int:
-    """Decimals that show the width of an interval to two digits, and on which side of 0 it is."""
-    if low is None or high is None or low == high:
-        return 3
-    digits = int(np.clip(1 - math.floor(math.log10(high - low)), 0, 9))
-    nearest = min(abs(low), abs(high)) if low * high > 0 else 1.0
-    while digits < 9 and round(nearest, digits) == 0:
-        digits += 1
-    return digits
-
-
-def _range(low: float | None, high: float | None, digits: int) -> str:
-    return "" if low is None or high is None else f" [{low:.{digits}f}, {high:.{digits}f}]"
 
 
 # -------------------------------------------------------------------------- one arm, its intervals
@@ -115,9 +35,13 @@ def iqm(values: np.ndarray) -> float:
     2108.13264, section 4.3), as scipy.stats.trim_mean cuts it: a quarter of the values, rounded
     down, from either end.
     """
-    from scipy.stats import trim_mean
+    return float(_middle(np.ravel(values)))
 
-    return float(trim_mean(np.ravel(values), 0.25))
+
+def _middle(values: np.ndarray) -> np.ndarray:
+    """Mean of the middle half over the last axis."""
+    cut = values.shape[-1] // 4
+    return np.sort(values, -1)[..., cut : values.shape[-1] - cut].mean(-1)
 
 
 def mean_of_means(strata: Sequence[np.ndarray]) -> np.ndarray:
@@ -127,9 +51,7 @@ def mean_of_means(strata: Sequence[np.ndarray]) -> np.ndarray:
 
 def iqm_of_all(strata: Sequence[np.ndarray]) -> np.ndarray:
     """A statistic for `stratified`: the interquartile mean of the runs of all strata together."""
-    from scipy.stats import trim_mean
-
-    return trim_mean(np.concatenate(list(strata), -1), 0.25, axis=-1)
+    return _middle(np.concatenate(list(strata), -1))
 
 
 def interval(
@@ -193,10 +115,10 @@ def crossed(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> np.ndarray:
-    """Bootstrap means [T, B] of tables [S, P] in which seeds and prompts are crossed: both are
-    drawn anew, independently of each other (the pigeonhole bootstrap: Owen 2007, Annals of Applied
-    Statistics 1(2)). Seeds are drawn for each table; tables with the same entry of `prompts` (all,
-    if None) share the prompts that are drawn.
+    """Bootstrap means [T, B, ...] of tables [S, P, ...] in which seeds and prompts are crossed:
+    both are drawn anew, independently of each other (the pigeonhole bootstrap: Owen 2007, Annals
+    of Applied Statistics 1(2), which errs to the wide side). Seeds are drawn for each table; tables
+    with the same entry of `prompts` (all, if None) share the prompts that are drawn.
     """
     keys = list(dict.fromkeys(prompts or [None]))
     named = prompts or [None] * len(tables)
@@ -204,7 +126,8 @@ def crossed(
     for i, (table, key) in enumerate(zip(tables, named, strict=True)):
         seeds = _counts(table.shape[0], resamples, (seed, 0, i))  # [B, S]
         asked = _counts(table.shape[1], resamples, (seed, 1, keys.index(key)))  # [B, P]
-        found.append((seeds * (asked @ table.T)).sum(1) / table.size)
+        sums = np.einsum("bs,bs...->b...", seeds, np.tensordot(asked, table, ([1], [1])))
+        found.append(sums / (table.shape[0] * table.shape[1]))
     return np.stack(found)
 
 
@@ -219,19 +142,32 @@ def _counts(size: int, resamples: int, seed: tuple[int, ...]) -> np.ndarray:
 
 def crossed_mean(table: np.ndarray, *, resamples: int = RESAMPLES, seed: int = 0) -> Estimate:
     """Mean of a table [S, P] with the interval of `crossed`; for one seed, over prompts only."""
-    return _crossed_mean([table], None, resamples, seed)
+    return crossed_means([table[..., None]], resamples=resamples, seed=seed)[0]
 
 
-def _crossed_mean(
-    tables: Sequence[np.ndarray], prompts: Sequence[Hashable] | None, resamples: int, seed: int
-) -> Estimate:
-    """Mean over tables of their means. If one has one seed, seeds stand still in all."""
-    seeds, asked = (min(table.shape[axis] for table in tables) for axis in (0, 1))
+def crossed_means(
+    tables: Sequence[np.ndarray],
+    prompts: Sequence[Hashable] | None = None,
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> list[Estimate]:
+    """Of tables [S, P, M] of M measures, the mean over tables of each. If one table has one seed,
+    seeds stand still in all.
+    """
+    seeds, asked = sizes(tables)
     if seeds == 1:
         tables = [table.mean(0, keepdims=True) for table in tables]
-    value = float(np.mean([table.mean() for table in tables]))
-    drawn = crossed(tables, prompts, resamples=resamples, seed=seed).mean(0)
-    return estimate(value, drawn, asked if seeds == 1 else seeds)
+    values = np.mean([table.mean((0, 1)) for table in tables], axis=0)  # [M]
+    drawn = crossed(tables, prompts, resamples=resamples, seed=seed).mean(0)  # [B, M]
+    count = asked if seeds == 1 else seeds
+    return [estimate(float(x), b, count) for x, b in zip(values, drawn.T, strict=True)]
+
+
+def sizes(tables: Sequence[np.ndarray]) -> tuple[int, int]:
+    """The fewest seeds and the fewest prompts of tables [S, P, ...]."""
+    seeds, prompts = (min(table.shape[axis] for table in tables) for axis in (0, 1))
+    return seeds, prompts
 
 
 def estimate(value: float, drawn: np.ndarray, count: int) -> Estimate:
@@ -271,9 +207,12 @@ def difference(
         tables = [a - b for a, b in zip(first, second, strict=True)]
     else:  # the mean over twice as many tables is half of the difference
         tables = [2 * a for a in first] + [-2 * b for b in second]
-    found = _crossed_mean(tables, prompts, resamples, seed)
-    seeds, asked = (min(table.shape[axis] for table in tables) for axis in (0, 1))
-    won = [(a > b) + 0.5 * (a == b) for a, b in zip(first, second, strict=True)] if paired else []
+    measures = [table[..., None] for table in tables]
+    if wins := wins and paired:
+        won = [(a > b) + 0.5 * (a == b) for a, b in zip(first, second, strict=True)]
+        measures = [np.stack(both, -1) for both in zip(tables, won, strict=True)]
+    found, *rate = crossed_means(measures, prompts, resamples=resamples, seed=seed)
+    seeds, asked = sizes(tables)
     runs = [[table.mean(1) for table in arm] for arm in (first, second)]
     return Difference(
         mean=found.mean,
@@ -285,7 +224,7 @@ def difference(
         scope=scope_of(seeds, asked),
         paired=paired,
         improvement=None if seeds == 1 else improvement(*runs, resamples=resamples, seed=seed),
-        win_rate=_share(_crossed_mean(won, prompts, resamples, seed)) if paired and wins else None,
+        win_rate=_share(rate[0]) if wins else None,
         more_seeds=_more(found.mean, tables, seeds),
     )
 
