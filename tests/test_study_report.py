@@ -17,7 +17,7 @@ from runs import environment
 from scipy.optimize import curve_fit
 from stored import stored
 
-from rlhf_exp.report.statistics import Estimate
+from rlhf_exp.report.estimates import Estimate
 from rlhf_exp.report.study import Report
 from rlhf_exp.report.tables import Column, Table, shown
 

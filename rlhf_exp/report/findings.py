@@ -8,6 +8,7 @@ import numpy as np
 
 from rlhf_exp.choices import require
 from rlhf_exp.report.contrasts import Contrast, RelativeGain, contrasts, relative_gains
+from rlhf_exp.report.estimates import Estimate
 from rlhf_exp.report.layout import Arm, Layout, arrange
 from rlhf_exp.report.overoptimization import (
     Course,
@@ -21,7 +22,7 @@ from rlhf_exp.report.overoptimization import (
 )
 from rlhf_exp.report.records import Record
 from rlhf_exp.report.settings import UNKNOWN
-from rlhf_exp.report.statistics import RESAMPLES, Estimate, crossed_mean, stratified
+from rlhf_exp.report.statistics import RESAMPLES, crossed_mean, stratified
 
 SINGLE = ("single", "pairwise", "Pairwise")  # values of a reward that are one reward model
 SHARES = (0.25, 0.5, 1.0)  # of the KL that all arms reach: where they are compared by default

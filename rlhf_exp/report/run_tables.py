@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from rlhf_exp.report.estimates import Estimate
 from rlhf_exp.report.findings import Findings
-from rlhf_exp.report.statistics import Estimate, stratified
+from rlhf_exp.report.statistics import stratified
 from rlhf_exp.report.tables import Column, Table
 
 Row = dict[str, Any]

@@ -14,11 +14,11 @@ import numpy as np
 
 from rlhf_exp.report.contrasts import Contrast
 from rlhf_exp.report.drawing import DRAWN, INK, Figure, save
+from rlhf_exp.report.estimates import Difference, Estimate
 from rlhf_exp.report.findings import Findings, Point
 from rlhf_exp.report.layout import Arm, Layout, named
 from rlhf_exp.report.look import GREY, PALETTE, Look
 from rlhf_exp.report.overoptimization import Fit
-from rlhf_exp.report.statistics import Difference, Estimate
 from rlhf_exp.report.tables import MINUS
 
 PANELS = 12  # drawn at most; the tables hold all

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 
 from rlhf_exp.report import run_tables
 from rlhf_exp.report.contrasts import Contrast
+from rlhf_exp.report.estimates import Difference, Estimate
 from rlhf_exp.report.findings import Findings
 from rlhf_exp.report.layout import Arm, named
 from rlhf_exp.report.overoptimization import Summary
 from rlhf_exp.report.run_tables import Row, arm_column, known
-from rlhf_exp.report.statistics import Difference, Estimate
 from rlhf_exp.report.tables import Column, Table
 
 GOLD = (

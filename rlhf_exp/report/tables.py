@@ -11,8 +11,8 @@ from typing import Any
 from markupsafe import Markup
 
 from rlhf_exp.artifacts import write_text
+from rlhf_exp.report.estimates import Estimate
 from rlhf_exp.report.page import template
-from rlhf_exp.report.statistics import Estimate
 
 LONG = 30  # rows from which a table is folded on the page
 MISSING = "\u2013"
