@@ -21,7 +21,7 @@ import numpy as np
 
 from rlhf_exp.artifacts import write_json
 from rlhf_exp.evaluation.best_of_n import RESULTS, STATISTICS, Curves, kl_bon
-from rlhf_exp.report.figures import LOOK
+from rlhf_exp.report.look import LOOK
 from rlhf_exp.worker import guarded
 
 COLORS = ("#1f5fa8", "#b8860b", "#2e7d4f", "#a8321f", "#6a4c93", "#4a4a4a", "#c2569b", "#3a9ca6")

@@ -5,15 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_exp.evaluation.summary import read_evaluations
-
-LOOK: dict[Any, Any] = {
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.25,
-}
-GOLD, PROXY, GREY = "#b8860b", "#1f5fa8", "#8a8a8a"
+from rlhf_exp.report.look import GOLD, GREY, LOOK, PROXY
 
 
 def draw(directory: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from rlhf_exp.artifacts import write_json
 from rlhf_exp.probes.metrics import METRICS
-from rlhf_exp.report.figures import GREY, LOOK, PROXY
+from rlhf_exp.report.look import GREY, LOOK, PROXY
 
 ENSEMBLING = "partial"  # the layer is chosen by it, so probes are compared by it
 RANDOM, ZERO_SHOT = "random", "LM zero-shot"

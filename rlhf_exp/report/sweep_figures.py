@@ -7,7 +7,7 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any
 
-from rlhf_exp.report.figures import GREY, LOOK
+from rlhf_exp.report.look import GREY, LOOK
 from rlhf_exp.report.settings import label, without_seed
 from rlhf_exp.report.sweep import Row, logged
 from rlhf_exp.runs import Run

@@ -108,7 +108,7 @@ def draw(study: Study, names: Sequence[str], directory: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    from rlhf_exp.report.figures import LOOK
+    from rlhf_exp.report.look import LOOK
 
     plt.rcParams.update(LOOK)
     figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
@@ -120,7 +120,7 @@ def draw(study: Study, names: Sequence[str], directory: Path) -> None:
 
 def _history(axes: Any, study: Study, names: Sequence[str]) -> None:
     """Every trial, and the best up to each."""
-    from rlhf_exp.report.figures import GREY, PROXY
+    from rlhf_exp.report.look import GREY, PROXY
 
     done = complete(study)
     better = max if study.directions[0] == StudyDirection.MAXIMIZE else min
@@ -143,7 +143,7 @@ def _history(axes: Any, study: Study, names: Sequence[str]) -> None:
 
 def _frontier(axes: Any, study: Study, names: Sequence[str]) -> None:
     """Every trial, the Pareto front joined and numbered; the second objective lies across."""
-    from rlhf_exp.report.figures import GREY, PROXY
+    from rlhf_exp.report.look import GREY, PROXY
 
     front = sorted(front_of(study), key=lambda t: t.values[1])
     done = complete(study)
