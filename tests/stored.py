@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from rlhf_exp import runs
 from rlhf_exp.config import ROOT_KEYS, conf_directory, resolved
-from rlhf_exp.evaluation.scoring import summary
+from rlhf_exp.evaluation.summary import summary
 from rlhf_exp.launching import UNSAID
 
 METRICS = {

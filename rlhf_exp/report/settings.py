@@ -58,7 +58,8 @@ def label(settings: Settings) -> str:
 def _by_override(jobs: Sequence[Run]) -> list[Settings]:
     given = [dict(map(_parted, job.overrides)) for job in jobs]
     names = dict.fromkeys(name for overrides in given for name in overrides)
-    kept = [n for n in names if re.split("[./]", n)[0] not in (*NO_MATTER, "hydra")]
+    passed_over = {*NO_MATTER, "hydra"} - {ARM}
+    kept = [n for n in names if re.split("[./]", n)[0] not in passed_over]
     return _settings({name: _column(jobs, given, name) for name in kept}, len(jobs))
 
 
