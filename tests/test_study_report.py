@@ -198,7 +198,8 @@ def test_nothing_is_claimed_where_an_interval_includes_zero(report: Path, page: 
         low, high = float(row["difference_low"]), float(row["difference_high"])
         assert row["verdict"] == ("higher" if low > 0 else "lower" if high < 0 else "open")
     assert {row["verdict"] for row in told} >= {"higher", "open"}, "the data hold both"
-    [lead] = re.findall(r'<p class="lead">(.*?)</p>', page, re.DOTALL)
+    lead = page[page.index("<header>") : page.index("</header>")]
+    lead = " ".join(re.sub("<[^>]*>", " ", lead.split("</h1>")[1]).split())
     assert lead.startswith("15 finished runs: 4 arms of 3 to 4 seeds; 1 directory left out")
     settled, is_open = re.split(r"1 is open: ", lead)
     assert "1 has an interval that excludes 0: reward, ensemble_small" in settled

@@ -24,7 +24,7 @@ def sections(
     findings: Findings, tables: Mapping[str, Table], figures: Sequence[Figure], samples: int
 ) -> list[Section]:
     """Every section that has something to say."""
-    found = [_left_out(findings)] if words.cautions(findings) else []
+    found = [_left_out(findings)] if findings.left_out or words.cautions(findings) else []
     found.append(
         Section(name="figures", title="Gold, proxy and KL", parts=[f.to_html() for f in figures])
     )
@@ -41,8 +41,11 @@ def sections(
 
 
 def _left_out(findings: Findings) -> Section:
-    items = Markup(template("list.html").render(items=words.cautions(findings)))
-    return Section(name="left-out", title="Before you read on", parts=[items], alert=True)
+    left = findings.left_out
+    many = f"{words.counted(len(left), 'directory was', 'directories were')} left out"
+    told = Markup(template("left_out.html").render(many=many, left_out=left)) if left else Markup()
+    text = words.cautions(findings)
+    return Section(name="left-out", title="Before you read on", text=text, parts=[told], alert=True)
 
 
 def _samples(findings: Findings, count: int) -> Section:

@@ -8,6 +8,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
+Said = tuple[str, list[str]]  # a sentence, and items below it
 TEMPLATES = Path(__file__).parent / "template"
 
 
@@ -22,7 +23,7 @@ class Section:
     alert: bool = False  # set apart, so that nobody overlooks it
 
 
-def render(title: str, lead: Sequence[str], sections: Sequence[Section]) -> str:
+def render(title: str, lead: Sequence[Said], sections: Sequence[Section]) -> str:
     """The page: title, what it says in a few sentences, contents, sections."""
     style, script = ((TEMPLATES / name).read_text() for name in ("report.css", "report.js"))
     return template("report.html").render(

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 
 from rlhf_exp.report.contrasts import Contrast
 from rlhf_exp.report.findings import Findings
+from rlhf_exp.report.page import Said
 from rlhf_exp.report.tables import MINUS
 
-TOLD = 4  # contrasts of either kind in the first paragraphs; the table holds all
+TOLD = 6  # contrasts of either kind in the first paragraphs; the table holds all
 NAMED = 6  # arms in a sentence
 
 
@@ -21,7 +22,7 @@ def title(findings: Findings) -> str:
     return f"Gold, proxy and KL by {what}" if what else "Gold, proxy and KL"
 
 
-def lead(findings: Findings) -> list[str]:
+def lead(findings: Findings) -> list[Said]:
     """How many runs, what is settled and what is open."""
     arms = findings.layout.arms
     counts = sorted({len(arm.records) for arm in arms})
@@ -32,32 +33,32 @@ def lead(findings: Findings) -> list[str]:
     first = f"{runs}: {counted(len(arms), 'arm')} of {seeds}{out}."
     known = [c for c in findings.contrasts if c.overall is not None]
     if not known:
-        return [f"{first} No two arms differ in one setting alone, so nothing is compared."]
+        return [(f"{first} No two arms differ in one setting alone, so nothing is compared.", [])]
     settled = [c for c in known if c.overall and c.overall.verdict != "open"]
     still_open = [c for c in known if c.overall and c.overall.verdict == "open"]
-    return [" ".join([first, _settled(settled, len(known)), _open(still_open)]).strip()]
+    return [(first, []), _settled(settled, len(known)), *_open(still_open)]
 
 
-def _settled(found: Sequence[Contrast], count: int) -> str:
+def _settled(found: Sequence[Contrast], count: int) -> Said:
     whole = f"Of {counted(count, 'contrast')} of final gold"
     if not found:
-        return f"{whole}, none has an interval that excludes 0."
+        return f"{whole}, none has an interval that excludes 0.", []
     have = "has an interval that excludes 0" if len(found) == 1 else "have intervals that exclude 0"
-    return f"{whole}, {len(found)} {have}: {_several(found)}."
+    return f"{whole}, {len(found)} {have}:", _several(found)
 
 
-def _open(found: Sequence[Contrast]) -> str:
+def _open(found: Sequence[Contrast]) -> list[Said]:
     if not found:
-        return ""
-    return f"{len(found)} {'is' if len(found) == 1 else 'are'} open: {_several(found)}."
+        return []
+    return [(f"{len(found)} {'is' if len(found) == 1 else 'are'} open:", _several(found))]
 
 
-def _several(found: Sequence[Contrast]) -> str:
+def _several(found: Sequence[Contrast]) -> list[str]:
     """The largest, as seen from 0."""
     ordered = sorted(found, key=lambda c: -abs(c.overall.mean) if c.overall else 0.0)
-    told = "; ".join(map(_told, ordered[:TOLD]))
     more = len(found) - TOLD
-    return f"{told}; and {more} more in the table" if more > 0 else told
+    rest = [f"and {more} more in the table"] if more > 0 else []
+    return [*map(_told, ordered[:TOLD]), *rest]
 
 
 def _told(contrast: Contrast) -> str:
@@ -67,13 +68,11 @@ def _told(contrast: Contrast) -> str:
 
 
 def cautions(findings: Findings) -> list[str]:
-    """What was left out and why, and where arms are not alike."""
+    """Where arms are not alike."""
     arms = findings.layout.arms
     most = max(len(arm.records) for arm in arms)
     fewer = [f"{arm.name} ({len(arm.records)})" for arm in arms if len(arm.records) < most]
-    found = [f"Left out: {sentence}." for sentence in findings.left_out]
-    if fewer:
-        found.append(f"Arms with fewer than {most} seeds: {_listed(fewer)}.")
+    found = [f"Arms with fewer than {most} seeds: {_listed(fewer)}."] if fewer else []
     if most == 1:
         found.append("One seed per arm: intervals are over prompts and say nothing of other seeds.")
     prompts = Counter(record.prompts for record in findings.records)
