@@ -28,6 +28,7 @@ from rlhf_exp.report.statistics import (
     estimate,
     iqm_of_all,
     scope_of,
+    share,
     stratified,
 )
 from rlhf_exp.runs import NO_MATTER
@@ -38,6 +39,7 @@ BEST_OF_N = "best-of-n"
 GAINS = {"gain": "gold", "proxy_gain": "proxy"}  # final - start of a column
 WHOLE = ("text/", "toxicity/")  # metrics that are no means over the completions
 BEGINS = 0.01  # nats up to which a run counts as begun at the start policy
+SHARES = ("ended", "win", "correct", "repetition")  # columns between 0 and 1
 LARGEST = 100  # alpha / beta beyond which a peak is not worth a name
 UNUSED = (*NO_MATTER, "generations")
 
@@ -209,6 +211,8 @@ def _summaries(
     """Of tables [S, P], all of one shape, in one go."""
     stack = np.stack(list(tables.values()), -1)  # [S, P, M]
     means = crossed_means([stack], resamples=resamples, seed=seed)
+    within = [share if name in SHARES else lambda found: found for name in tables]
+    means = [bounded(mean) for bounded, mean in zip(within, means, strict=True)]
     return {
         name: Summary(
             mean=mean.mean,

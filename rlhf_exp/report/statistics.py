@@ -224,7 +224,7 @@ def difference(
         scope=scope_of(seeds, asked),
         paired=paired,
         improvement=None if seeds == 1 else improvement(*runs, resamples=resamples, seed=seed),
-        win_rate=_share(rate[0]) if wins else None,
+        win_rate=share(rate[0]) if wins else None,
         more_seeds=_more(found.mean, tables, seeds),
     )
 
@@ -237,7 +237,7 @@ def _more(mean: float, tables: Sequence[np.ndarray], seeds: int) -> int | None:
     return None if needed is None else max(0, needed - seeds)
 
 
-def _share(found: Estimate) -> Estimate:
+def share(found: Estimate) -> Estimate:
     """A share is between 0 and 1, whatever its interval reckons."""
     if found.low is None or found.high is None:
         return found
@@ -256,11 +256,11 @@ def improvement(
     the interval of the stratified bootstrap (Agarwal et al. 2021, section 4.3).
     """
 
-    def share(arms: Sequence[np.ndarray]) -> np.ndarray:
+    def shares(arms: Sequence[np.ndarray]) -> np.ndarray:
         return np.mean([_above(x, y) for x, y in zip(arms[::2], arms[1::2], strict=True)], axis=0)
 
     both = [scores for pair in zip(first, second, strict=True) for scores in pair]
-    return _share(stratified(both, share, resamples=resamples, seed=seed))
+    return share(stratified(both, shares, resamples=resamples, seed=seed))
 
 
 def _above(x: np.ndarray, y: np.ndarray) -> np.ndarray:
