@@ -27,6 +27,8 @@ from rlhf_exp.launching import SWEEPS, UNSAID, asked, write_down
 from rlhf_exp.objective import outcome
 from rlhf_exp.worker import guarded
 
+EVALUATE = "stages=[evaluate]"
+SPELLED = (EVALUATE, "stages=['evaluate']", 'stages=["evaluate"]')
 USUAL = {"hydra/launcher": "local", "hydra/sweeper": "grid"}
 # of a process that shares its run with the main one: no .hydra, no log of Hydra's
 QUIET = ["hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none"]
@@ -69,6 +71,11 @@ def _check_groups(chosen: dict[str, str], sweep: bool) -> None:
 def run(config: DictConfig, directory: Path) -> None:
     """Check the config, write down what was asked, and do it."""
     plain = asked(config)
+    if plain["run"] is not None:
+        raise ValueError(
+            f"run={plain['run']} names a run that was done before, for stages=[evaluate] or "
+            "stages=[compare], and for them alone: leave it out"
+        )
     hardware = build(plain["hardware"], "hardware")
     os.environ.update(hardware.env())
     if plain["plan"] is not True:  # a plan is made anywhere
@@ -133,7 +140,8 @@ def cli() -> None:
     given = sys.argv[1:]
     if any(a.startswith("resume=") for a in given):
         processes.leave(guarded(lambda: _resume(given)))
-    if "stages=[evaluate]" in given and any(a.startswith("run=") for a in given):
+    given = [EVALUATE if a.replace(" ", "") in SPELLED else a for a in given]
+    if EVALUATE in given and any(a.startswith("run=") for a in given):
         processes.leave(guarded(lambda: _evaluate(given)))
     processes.leave(guarded(compose_and_run))
 
@@ -150,7 +158,7 @@ def _evaluate(given: list[str]) -> None:
     """stages=[evaluate] run=<run directory>, and other hardware or benchmarks."""
     from rlhf_exp.worker import evaluate
 
-    others = [a for a in given if a != "stages=[evaluate]"]
+    others = [a for a in given if a != EVALUATE]
     directory, others = _stored("run", others, ("hardware", "evaluation"))
     evaluate(directory, others)
 

@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -31,7 +31,7 @@ from rlhf_exp import lease, processes, runs
 from rlhf_exp.artifacts import write_json
 from rlhf_exp.choices import require
 from rlhf_exp.config import build, check, check_node, conf_directory, resolved
-from rlhf_exp.hardware.forks import POSSIBLE, Fork, preload
+from rlhf_exp.hardware.forks import POSSIBLE, Fork, preload, undisturbed
 from rlhf_exp.hardware.launch import handling, start
 from rlhf_exp.objective import outcome
 from rlhf_exp.report import sweep
@@ -190,13 +190,16 @@ class Sweeping(Launcher):
             self._note(folder, jobs)
             logger.info("%s", _counted(jobs, todo))
             self.submit(todo, folder)
+        several = self.report and initial_job_idx + len(jobs) > 1
         try:
             self.do(todo)
             if self.wait:
                 self._attend(jobs)
         finally:
-            if self.report and initial_job_idx + len(jobs) > 1:
+            if several:
                 self._report(folder)
+        if several and self.config.report.after_sweep:
+            self._study(folder)
         queue = slurm_states()
         return [_returned(job, self._outcome(job, queue)) for job in jobs]
 
@@ -323,14 +326,16 @@ class Sweeping(Launcher):
         sweep.write(folder, jobs)
         print(sweep.show(jobs))
         print(f"table and figures: {folder / 'sweep.md'}")
-        if self.config.report.after_sweep:
-            node = OmegaConf.to_container(self.config.report, resolve=True)
-            try:
-                page = build(node, "report").write([str(folder)], folder / "report")
-            except (ValueError, OSError) as error:  # the runs are safe
-                logger.warning("no report: %s", error)
-            else:
-                print(f"report: {page}")
+
+    def _study(self, folder: Path) -> None:
+        """The report of the sweep, beside its runs; they are safe if it fails."""
+        node = OmegaConf.to_container(self.config.report, resolve=True)
+        try:
+            page = build(node, "report").write([str(folder)], folder / "report")
+        except Exception as error:
+            logger.warning("no report: %s", error, exc_info=not isinstance(error, ValueError))
+        else:
+            print(f"report: {page}")
 
 
 def chosen(arms: dict[str, list[str]], only: Sequence[str] | None) -> list[str]:
@@ -428,7 +433,9 @@ class Local(Sweeping):
         with handling(hand_on):
             while working or (waiting and not received):
                 while waiting and len(working) < self.jobs and not received:
-                    working |= self._started(waiting.pop(0))
+                    job = waiting.pop(0)
+                    with undisturbed() if self._forks(job) else nullcontext():
+                        working |= self._started(job)
                 for process in [p for p in working if p.poll() is not None]:
                     _tell_if_killed(working.pop(process), process.returncode, bool(received))
                 time.sleep(0.05)

@@ -52,8 +52,6 @@ class Parts:
         self.settings, self.evaluation, self.checkpoints = (
             built[k] for k in ("preferences", "evaluation", "checkpoints")
         )
-        if self.about.get("harness"):  # asked for after the run
-            self.evaluation.harness = build(self.about["harness"], "evaluation.harness")
         self.prepare, self.generations = built["prepare"], built["generations"]
         self.sampler: Sampler = built.get("sampler") or Local()  # older runs name none
         self.export: Export = built.get("export") or Export()

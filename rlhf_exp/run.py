@@ -25,7 +25,7 @@ from rlhf_exp.parts import NO_POLICY, Parts
 from rlhf_exp.policy import Policy
 from rlhf_exp.reference import Reference
 from rlhf_exp.report.text import as_table, model_card
-from rlhf_exp.tracking import Log
+from rlhf_exp.tracking import Log, NoTracker
 from rlhf_exp.trial import Look, Looked, Trial, seed_everything
 
 logger = logging.getLogger(__name__)
@@ -36,10 +36,11 @@ ALONE = ("prepare", "generate", "merge", "evaluate", "export")  # done by the ma
 class Stages(Parts):
     """A method for each stage."""
 
-    def look(self) -> None:
+    def look(self, harness: Any) -> None:
         """Evaluate the run as it stands, whatever has become of it: its newest checkpoint, if it
-        was not, and what the gold has not judged.
+        was not, what the gold has not judged, and the benchmarks of the node `harness`.
         """
+        self.evaluation.harness = build(harness, "evaluation.harness") if harness else None
         if not self.directory.joinpath("policy").exists():
             if not self.algo.trains:
                 raise ValueError(
@@ -133,6 +134,7 @@ class Stages(Parts):
         gold = self.gold if self.evaluation.gold == "during" else None
         if gold is not None:
             gold.load(self.device)
+        tracker = self.tracker if kind is Trial else NoTracker()  # a look is no run of its own
         accelerator = self.hardware.accelerator()
         self.policy.whole = lambda: whole(accelerator)
         self.policy.precision = precision.Autocast(
@@ -143,7 +145,7 @@ class Stages(Parts):
             seed=self.config["seed"],
             accelerator=accelerator,
             reference=Reference(self.policy),
-            log=Log(self.directory, self.tracker, show_every=self.config["show_every"]),
+            log=Log(self.directory, tracker, show_every=self.config["show_every"]),
             checkpoints=self.checkpoints,
             evaluator=Evaluator(
                 self.evaluation,
@@ -218,6 +220,8 @@ class Stages(Parts):
         that it was saved with; None if none are asked for, or nothing was saved yet.
         """
         harness, trained = self.evaluation.harness, self.directory / "policy"
+        if harness is not None and not trained.exists():
+            logger.warning("no benchmarks: the run has saved no policy yet, as it is not finished")
         if harness is None or not trained.exists():
             return None
         self._make_room()
@@ -226,15 +230,19 @@ class Stages(Parts):
             spec = {"version": __version__, "harness": harness.identity()} | self._sampling_spec()
 
             def make(folder: Path) -> None:
-                write_json(folder / "results.json", self._measured(self.start))
+                prefix = self.config["policy"]["prefix"]
+                write_json(folder / "results.json", self._measured(self.start, prefix))
 
             made = self.store.get("benchmark", "start", spec, make)
             before = json.loads((made / "results.json").read_text())
         return {"before": before, "after": self._measured(trained)}
 
-    def _measured(self, source: Path | str) -> dict[str, dict[str, float]]:
-        """Benchmarks of a policy as it was saved."""
-        policy: Policy = build(self.config["policy"], "policy")
+    def _measured(
+        self, source: Path | str, prefix: str | None = None
+    ) -> dict[str, dict[str, float]]:
+        """Benchmarks of a policy as it was saved, unless another `prefix` is given."""
+        policy: Policy = build(self.config["policy"] | {"prefix": prefix}, "policy")
+        policy.precision = precision.Autocast(self.hardware.mixed_precision, self.hardware.kind)
         policy.load(source, device=self.device)
         return self.evaluation.harness.measure(policy)
 

@@ -87,6 +87,7 @@ class Trial:
             return 0
         step, state = found
         self.log.begin(step, steps)
+        processes.first(lambda: self.evaluator.tidy(steps))
         self._restore(policy, algorithm, state)
         states = state["random"]  # of every process
         set_random_state(states[processes.rank() % len(states)])

@@ -28,7 +28,8 @@ from rlhf_exp.lease import RUNNING, Busy, alive, working
 from rlhf_exp.pruning import EXIT_CODE
 
 PARENT = "RLHF_EXP_PARENT"  # process id of whoever a worker is not to outlive
-LOOK = "RLHF_EXP_LOOK"  # set: the run is evaluated as it stands, and nothing else is done
+# set, to the benchmarks asked for as JSON: the run is evaluated as it stands, and nothing else done
+LOOK = "RLHF_EXP_LOOK"
 FAILED = "failed.json"
 
 at_work: Path | None = None  # the directory of the run that this process does, once it does
@@ -58,7 +59,7 @@ def _look(directory: Path) -> None:
     _log_to(directory / "run.log")
     from rlhf_exp.run import Stages
 
-    Stages(directory).look()
+    Stages(directory).look(json.loads(os.environ[LOOK]))
 
 
 def _begin(directory: Path) -> bool:
@@ -169,13 +170,17 @@ def evaluate(directory: Path, arguments: Sequence[str] = ()) -> None:
 
     about = asked_of(directory, "run")
     benchmarks = [a for a in arguments if a.startswith("evaluation")]
+    for argument in benchmarks:
+        if not argument.startswith(("evaluation=", "evaluation.harness")):
+            raise ValueError(
+                f"{argument}: the run has settled how it is evaluated, and evaluation=<option> or "
+                "evaluation.harness alone may be given anew, for benchmarks"
+            )
     others = [a for a in arguments if a not in benchmarks]
     _, hardware = _hardware_of(about, others, f"run={directory}")
-    if benchmarks:
-        node = overridden("evaluation", about["config"]["evaluation"], benchmarks)
-        about["harness"] = node["harness"]
-        processes.first(lambda: write_json(directory / "run.json", about))
-    os.environ[LOOK] = "1"
+    node = about["config"]["evaluation"]
+    node = overridden("evaluation", node, benchmarks) if benchmarks else node
+    os.environ[LOOK] = json.dumps(node.get("harness"))
     try:
         hardware.launch(directory)
     finally:

@@ -27,6 +27,43 @@ DRAWN = np.random.default_rng(0)
 # -------------------------------------------------------------------------------- point estimates
 
 
+def test_seeds_that_conditions_share_are_drawn_together() -> None:
+    """A seed that is good luck in all conditions is one piece of luck: intervals that draw seeds
+    for each condition by itself cover far too little.
+    """
+    rng = np.random.default_rng(0)
+    covered = {True: 0, False: 0}
+    for _ in range(150):
+        luck = rng.normal(size=(6, 1))
+        own = 0.3 * rng.normal(size=(9, 6, 1)) + 0.1 * rng.normal(size=(9, 6, 20))
+        tables = list(luck + own)
+        for together in covered:
+            runs = ["0..5"] * 9 if together else None
+            found = difference(
+                tables, [np.zeros((6, 20))] * 9, runs=runs, wins=False, resamples=400
+            )
+            assert found.low is not None
+            assert found.high is not None
+            covered[together] += found.low <= 0 <= found.high
+    assert covered[True] >= 0.88 * 150
+    assert covered[False] <= 0.75 * 150
+
+
+def test_more_seeds_counts_shared_luck_once() -> None:
+    luck = np.array([0.5, -0.3, 0.4, -0.1, 0.2])[:, None]
+    tables, zero = [luck + 0.01 * i for i in range(4)], [np.zeros((5, 1))] * 4
+    together = difference(tables, zero, runs=["s"] * 4, wins=False, resamples=200)
+    alone = difference(tables[:1], zero[:1], wins=False, resamples=200)
+    apart = difference(tables, zero, wins=False, resamples=200)
+    needed = seeds_needed(np.mean([t[:, 0] for t in tables], axis=0))
+    assert needed is not None
+    assert together.more_seeds == needed - 5
+    assert together.more_seeds is not None
+    assert apart.more_seeds is not None
+    assert alone.more_seeds is not None
+    assert apart.more_seeds < together.more_seeds <= alone.more_seeds
+
+
 def test_the_interquartile_mean_leaves_out_a_quarter_at_either_end() -> None:
     assert iqm(np.array([100.0, 1, 2, 3, 4, 5, 6, -90])) == (2 + 3 + 4 + 5) / 4
     assert iqm(np.array([9.0, 1, 2, 3, 4])) == 3.0, "a quarter of five, rounded down, is one"

@@ -1,5 +1,5 @@
-"""The study of over-optimization from one command, in small: every arm runs, the report tells what the
-files hold, and the same command again does nothing twice.
+"""The study of over-optimization from one command, in small: every arm runs, the report tells what
+the files hold, and the same command again does nothing twice.
 """
 
 import csv

@@ -7,6 +7,8 @@ largest n, over the nominal KL.
 
 One step is a block of prompts. The pool on the disk is all there is to remember: no checkpoint
 copies the weights, which do not change.
+
+Left out: perplexity and exact KL of the answers, which the proxy and the nominal KL stand for.
 """
 
 import math
@@ -31,7 +33,7 @@ from rlhf_exp.evaluation.best_of_n import (
     usable,
     win_shares,
 )
-from rlhf_exp.evaluation.scoring import correct, write_evaluation
+from rlhf_exp.evaluation.scoring import correct, repetition, write_evaluation
 from rlhf_exp.generated import (
     Generated,
     block_size,
@@ -141,7 +143,7 @@ class BestOfN(Curves):
         """Estimate from a finished run's pool what was not yet, as its gold was to be asked later;
         `gold` loads it.
         """
-        if (directory / "evaluation").exists():
+        if (directory / "best_of_n" / "curves.json").exists():  # which is written last
             return
         judge(directory / "best_of_n" / "pool.jsonl", gold)
         if not hasattr(policy, "tokenizer"):
@@ -201,6 +203,7 @@ class BestOfN(Curves):
         """evaluation/step-<n>.json: E_n by prompt, and as text the best of the first n drawn."""
         scores = read_scores(pool, self.big_n)
         ns = usable(self.ns, scores["gold"].shape[1], self.on_too_large)
+        ns = sorted({1, *ns})  # one draw is the start policy
         proxy = scores.pop("rewards")
         values = {
             k.replace("members/", "proxy/").replace("facets/", "facet/"): v
@@ -210,8 +213,7 @@ class BestOfN(Curves):
         if members:
             values["variance"] = np.stack(members).var(0)
         values["win"] = win_shares(scores["gold"])
-        if (right := _right(pool, answers, self.big_n)) is not None:
-            values["correct"] = right
+        values |= _of_texts(pool, answers, self.big_n)
         found = expected(proxy, values, ns)
         picks = np.stack([proxy[:, :n].argmax(1) for n in ns], 1)  # [P, len(ns)]
         lines = [f"{'n':>6} {'KL':>7} {'proxy':>8} {'gold':>8}   (KL nominal, in nats)"]
@@ -225,15 +227,17 @@ class BestOfN(Curves):
         tqdm.write("\n" + "\n".join(lines))
 
 
-def _right(pool: Path, answers: Mapping[str, str], big_n: int | None) -> np.ndarray | None:
-    """Whether each answer of the pool is the right one [P, N]; None where that is not known."""
-    found = []
+def _of_texts(pool: Path, answers: Mapping[str, str], big_n: int | None) -> dict[str, np.ndarray]:
+    """What the text alone tells of the pool's answers [P, N]: repetition, and where that is known
+    whether they are right.
+    """
+    repeated, right = [], []
     for row in each_generated(pool):
         texts = row.generations[:big_n]
-        if (right := correct(answers, [row.prompt] * len(texts), texts)) is None:
-            return None
-        found.append(right)
-    return np.array(found, float)
+        repeated.append([repetition(text) for text in texts])
+        right.append(correct(answers, [row.prompt] * len(texts), texts))
+    found = {"repetition": np.array(repeated)}
+    return found if None in right else found | {"correct": np.array(right, float)}
 
 
 def _picked(pool: Path, picks: np.ndarray, policy: Policy) -> list[dict[str, list[Any]]]:

@@ -104,7 +104,7 @@ class Harness:
 
     def identity(self) -> dict[str, Any]:
         """What decides the results beside the policy, for fingerprints."""
-        folders = [*self._folders, *(Path(b.data) for b in self.benchmarks if b.data)]
+        folders = [*self._folders, *(Path(b.data).expanduser() for b in self.benchmarks if b.data)]
         files = [p for f in folders for p in sorted(f.rglob("*")) if p.is_file()]
         return {k: getattr(self, k) for k in ("tasks", "shots", "limit", "seed")} | {
             "lm_eval": metadata.version("lm_eval"),

@@ -99,6 +99,14 @@ class Evaluator:
         every = self.settings.every or max(1, last // 6)
         return step % every == 0 or step == last
 
+    def tidy(self, last: int) -> None:
+        """Drop evaluations that a run of `last` steps does not make: somebody has looked at it
+        meanwhile.
+        """
+        for path in evaluation_files(self.folder):
+            if not self.due(int(path.stem.removeprefix("step-")), last):
+                path.unlink()
+
     def written(self, step: int) -> bool:
         """Whether there is an evaluation after `step` steps."""
         return (self.folder / f"step-{step:06d}.json").exists()

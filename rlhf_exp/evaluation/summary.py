@@ -5,6 +5,7 @@ No model is needed, and torch is not imported.
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,12 @@ import numpy as np
 
 def evaluation_files(folder: Path) -> list[Path]:
     """The files of a run's evaluation/, by step."""
-    return sorted(folder.glob("step-*.json"))
+    found = {
+        int(match[1]): path
+        for path in folder.glob("step-*.json")
+        if (match := re.fullmatch(r"step-(\d+)\.json", path.name))
+    }
+    return [found[step] for step in sorted(found)]
 
 
 def read_evaluations(directory: Path) -> list[dict[str, Any]]:

@@ -9,6 +9,8 @@ import os
 import signal
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -51,15 +53,28 @@ class Fork:
     def poll(self) -> int | None:
         """The exit code, negative for a signal; None while it works."""
         if self.returncode is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            if pid:
-                self.returncode = os.waitstatus_to_exitcode(status)
+            with suppress(ChildProcessError):  # a signal came between the next two lines
+                pid, status = os.waitpid(self.pid, os.WNOHANG)
+                self.returncode = os.waitstatus_to_exitcode(status) if pid else None
         return self.returncode
 
     def send_signal(self, number: int) -> None:
         """Unless it has ended."""
         if self.poll() is None:
-            os.kill(self.pid, number)
+            with suppress(ProcessLookupError):
+                os.kill(self.pid, number)
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Signals that are handed on to workers wait until after this block, in which one is begun and
+    noted; a fork lets them in when it has its own handlers.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals.STOPS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _work(directory: Path, env: dict[str, str], output: int | None) -> NoReturn:
@@ -70,6 +85,7 @@ def _work(directory: Path, env: dict[str, str], output: int | None) -> NoReturn:
         for number in signals.STOPS:
             signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals.STOPS)
         if output is not None:
             os.dup2(output, 1)
             os.dup2(output, 2)

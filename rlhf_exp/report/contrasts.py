@@ -78,18 +78,24 @@ def contrasts(
     the same prompts. ValueError for an axis or baseline that the records do not have.
     """
     values = _by_value(records, axis)
-    if baseline is not None:
+    bases = [] if baseline is None else _named(baseline, values)
+    if baseline is not None and not bases:
         require(baseline, values, f"the baseline of {axis}")
     pairs = [
         (value, against)
         for i, value in enumerate(values)
-        for against in (list(values)[:i] if baseline is None else [baseline])
-        if value != against
+        for against in (list(values)[:i] if baseline is None else bases)
+        if value not in bases
     ]
     return [
         _contrast(axis, value, against, values, measure, resamples=resamples, seed=seed)
         for value, against in pairs
     ]
+
+
+def _named(value: str, values: Groups) -> list[str]:
+    """The values that `value` means: itself, or those with settings of their own below it."""
+    return [name for name in values if name == value or name.startswith(f"{value}, ")]
 
 
 def _by_value(records: Sequence[Record], axis: str) -> Groups:
@@ -206,7 +212,10 @@ def _difference(pairs: Sequence[Pair], measure: Measure, **drawing: int) -> Diff
         comparable(a.runs[0], b.runs[0]) and a.table.shape[1] == len(a.values[0])
         for a, b in zip(first, second, strict=True)
     )
-    return difference(*tables, paired=paired, prompts=_asked(sides), wins=wins, **drawing)
+    seeds = [tuple(r.seed for r in side.runs) for side in sides]
+    return difference(
+        *tables, paired=paired, prompts=_asked(sides), runs=seeds, wins=wins, **drawing
+    )
 
 
 def comparable(one: Record, other: Record) -> bool:
@@ -236,8 +245,12 @@ def relative_gains(
     and the same other settings, where the latter is positive with an interval that excludes 0.
     """
     values = _by_value(records, axis)
-    require(value, values, f"the single {axis}")
-    found = []
+    named = _named(value, values)
+    if not named:
+        require(value, values, f"the single {axis}")
+    if len(named) > 1:  # which of them is meant nobody says
+        return []
+    value, found = named[0], []
     for name, strata in values.items():
         for other, runs in strata.items() if name != value else ():
             gain, reason = None, f"there is no run of {axis}={value} with the same other settings"
@@ -268,6 +281,8 @@ def _relative(
     seeds, prompts = sizes(tables)
     if seeds == 1:
         tables = [table.mean(0, keepdims=True) for table in tables]
-    drawn = crossed(tables, _asked([arm, single]), resamples=resamples, seed=seed)
+    runs = [tuple(r.seed for r in side.runs) for side in (arm, single)]
+    runs = None if seeds == 1 else runs
+    drawn = crossed(tables, _asked([arm, single]), runs, resamples=resamples, seed=seed)
     ratio = float(tables[0].mean() / tables[1].mean()) - 1
     return estimate(ratio, drawn[0] / drawn[1] - 1, prompts if seeds == 1 else seeds), None

@@ -18,6 +18,7 @@ INK = "#010203"  # stands for the color of the text around the figure, light or 
 DRAWN: dict[Any, Any] = LOOK | {
     "font.family": "DejaVu Sans",  # comes with matplotlib; the page puts its own in place
     "svg.fonttype": "none",
+    "text.parse_math": False,  # a setting may hold a $
     "svg.hashsalt": "rlhf_exp",
     "grid.alpha": 0.14,
     "grid.color": INK,

@@ -3,13 +3,14 @@ sentence.
 """
 
 import json
-import re
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from rlhf_exp.evaluation.summary import evaluation_files
 
 NEEDED = ("gold", "proxy", "k1", "length")  # columns that every evaluation must have
 
@@ -52,13 +53,8 @@ def read(directory: Path) -> tuple[tuple[str, ...], tuple[Evaluated, ...]]:
 
 
 def files(directory: Path) -> list[Path]:
-    """The evaluation files, by step."""
-    found = {
-        int(match[1]): path
-        for path in (directory / "evaluation").glob("step-*.json")
-        if (match := re.fullmatch(r"step-(\d+)\.json", path.name))
-    }
-    return [found[step] for step in sorted(found)]
+    """The evaluation files of a run, by step."""
+    return evaluation_files(directory / "evaluation")
 
 
 def content(path: Path) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Everything a study's page tells, computed once from the records."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -120,8 +121,8 @@ class Findings:
         """KLs in nats at which arms are compared."""
         if self.kl is not None:
             return sorted(self.kl)
-        reached = [max(r.curve("k1").max() for r in arm.records) for arm in self.layout.arms]
-        return [float(f"{share * min(reached):.2g}") for share in SHARES if min(reached) > 0]
+        reached = min(float(r.curve("k1").max()) for r in self.records)
+        return [_down(share * reached) for share in SHARES if reached > 0]
 
     @cached_property
     def equal_kl(self) -> list[AtKL]:
@@ -151,7 +152,8 @@ class Findings:
         """The value of the setting that is compared which the others are to improve on."""
         axis = self.layout.compared
         values = self.layout.axes.get(axis, [])
-        return self.baseline.get(axis) or next((v for v in SINGLE if v in values), None)
+        plain = next((v for v in SINGLE if v in values), None)
+        return plain if self.baseline.get(axis) not in values else self.baseline[axis]
 
     @cached_property
     def relative(self) -> dict[str, RelativeGain]:
@@ -168,3 +170,9 @@ class Findings:
     def shared(self) -> list[str]:
         """Settings named seed that stand still while the runs' seeds differ."""
         return shared_seeds(self.records)
+
+
+def _down(value: float) -> float:
+    """To two digits, and not above."""
+    unit = 10.0 ** (math.floor(math.log10(value)) - 1)
+    return float(f"{math.floor(value / unit) * unit:.2g}")

@@ -7,7 +7,7 @@ failed are missing from an arm not by chance: an arm looks better without them.
 
 import glob
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -156,10 +156,30 @@ def _matched(pattern: str, left_out: list[str]) -> list[Path]:
     found: list[Path] = []
     for folder in filter(Path.is_dir, matches):
         below = [*runs.directories(folder), *_jobs(folder, left_out)]
+        torn = [
+            f"{d} has results and no run.json, so what its run did is not known: restore the file "
+            "or remove the directory"
+            for d in _torn(folder)
+        ]
         found += below
-        if not below:
+        left_out += torn
+        if not below and not torn:
             left_out.append(f"{folder} has no run.json, nor a run below it: give run directories")
     return found
+
+
+def _torn(folder: Path, depth: int = runs.DEPTH) -> Iterator[Path]:
+    """Directories at or below `folder` that hold what a run leaves, but not what it was."""
+    entries = sorted(folder.iterdir())
+    names = {entry.name for entry in entries}
+    if "run.json" in names:
+        return
+    if names & {"metrics.jsonl", "evaluation"}:
+        yield folder
+    elif depth:
+        for entry in entries:
+            if entry.is_dir() and not entry.name.startswith("."):
+                yield from _torn(entry, depth - 1)
 
 
 def _jobs(folder: Path, left_out: list[str]) -> list[Path]:

@@ -94,16 +94,20 @@ def _factor(count: int) -> float:
 def stratified(
     strata: Sequence[np.ndarray],
     statistic: Statistic = mean_of_means,
+    runs: Sequence[Hashable] | None = None,
     *,
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Estimate:
     """A statistic of the scores of runs, an array [S] for each condition, with the interval of the
     stratified bootstrap: runs are drawn anew within each condition (Agarwal et al. 2021, section
-    4.1); see `interval` for its width. No interval where a condition has one run.
+    4.1); see `interval` for its width. No interval where a condition has one run. Conditions with
+    the same entry of `runs` are drawn together.
     """
-    rng = np.random.default_rng(seed)
-    drawn = [x[rng.integers(0, len(x), (resamples, len(x)))] for x in strata]
+    drawn = []
+    for scores, number in zip(strata, _numbered(runs or range(len(strata))), strict=True):
+        rng = np.random.default_rng((seed, number))
+        drawn.append(scores[rng.integers(0, len(scores), (resamples, len(scores)))])
     value = float(statistic(strata))
     return estimate(value, statistic(drawn), min(map(len, strata)))
 
@@ -111,24 +115,31 @@ def stratified(
 def crossed(
     tables: Sequence[np.ndarray],
     prompts: Sequence[Hashable] | None = None,
+    seeds: Sequence[Hashable] | None = None,
     *,
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> np.ndarray:
     """Bootstrap means [T, B, ...] of tables [S, P, ...] in which seeds and prompts are crossed:
     both are drawn anew, independently of each other (the pigeonhole bootstrap: Owen 2007, Annals
-    of Applied Statistics 1(2), which errs to the wide side). Seeds are drawn for each table; tables
-    with the same entry of `prompts` (all, if None) share the prompts that are drawn.
+    of Applied Statistics 1(2), which errs to the wide side). Tables with the same entry of
+    `prompts` (all, if None) share the prompts that are drawn, and those with the same entry of
+    `seeds` (none, if None) the seeds: what a seed makes may be common to several conditions.
     """
-    keys = list(dict.fromkeys(prompts or [None]))
-    named = prompts or [None] * len(tables)
+    named, runs = _numbered(prompts or [None] * len(tables)), _numbered(seeds or range(len(tables)))
     found = []
-    for i, (table, key) in enumerate(zip(tables, named, strict=True)):
-        seeds = _counts(table.shape[0], resamples, (seed, 0, i))  # [B, S]
-        asked = _counts(table.shape[1], resamples, (seed, 1, keys.index(key)))  # [B, P]
-        sums = np.einsum("bs,bs...->b...", seeds, np.tensordot(asked, table, ([1], [1])))
+    for table, key, run in zip(tables, named, runs, strict=True):
+        drawn = _counts(table.shape[0], resamples, (seed, 0, run))  # [B, S]
+        asked = _counts(table.shape[1], resamples, (seed, 1, key))  # [B, P]
+        sums = np.einsum("bs,bs...->b...", drawn, np.tensordot(asked, table, ([1], [1])))
         found.append(sums / (table.shape[0] * table.shape[1]))
     return np.stack(found)
+
+
+def _numbered(entries: Sequence[Hashable]) -> list[int]:
+    """The number of each entry, equal ones alike."""
+    known = list(dict.fromkeys(entries))
+    return [known.index(entry) for entry in entries]
 
 
 @lru_cache(maxsize=16)
@@ -148,18 +159,20 @@ def crossed_mean(table: np.ndarray, *, resamples: int = RESAMPLES, seed: int = 0
 def crossed_means(
     tables: Sequence[np.ndarray],
     prompts: Sequence[Hashable] | None = None,
+    runs: Sequence[Hashable] | None = None,
     *,
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> list[Estimate]:
     """Of tables [S, P, M] of M measures, the mean over tables of each. If one table has one seed,
-    seeds stand still in all.
+    seeds stand still in all. `prompts` and `runs` (seeds) as for `crossed`.
     """
     seeds, asked = sizes(tables)
     if seeds == 1:
         tables = [table.mean(0, keepdims=True) for table in tables]
     values = np.mean([table.mean((0, 1)) for table in tables], axis=0)  # [M]
-    drawn = crossed(tables, prompts, resamples=resamples, seed=seed).mean(0)  # [B, M]
+    runs = None if seeds == 1 else runs
+    drawn = crossed(tables, prompts, runs, resamples=resamples, seed=seed).mean(0)  # [B, M]
     count = asked if seeds == 1 else seeds
     return [estimate(float(x), b, count) for x, b in zip(values, drawn.T, strict=True)]
 
@@ -192,6 +205,7 @@ def difference(
     *,
     paired: bool = True,
     prompts: Sequence[Hashable] | None = None,
+    runs: Sequence[Hashable] | None = None,
     wins: bool = True,
     resamples: int = RESAMPLES,
     seed: int = 0,
@@ -200,8 +214,8 @@ def difference(
 
     Paired, the tables of a stratum have the same seeds and prompts in the same order. Unpaired,
     seeds are drawn in each arm by itself. `prompts` says which tables share prompts, one entry per
-    stratum, or if unpaired one per table, those of `first` before those of `second`. Without
-    `wins` the win rate is left out.
+    stratum, or if unpaired one per table, those of `first` before those of `second`; `runs` in the
+    same way which tables share seeds. Without `wins` the win rate is left out.
     """
     if paired:
         tables = [a - b for a, b in zip(first, second, strict=True)]
@@ -211,9 +225,10 @@ def difference(
     if wins := wins and paired:
         won = [(a > b) + 0.5 * (a == b) for a, b in zip(first, second, strict=True)]
         measures = [np.stack(both, -1) for both in zip(tables, won, strict=True)]
-    found, *rate = crossed_means(measures, prompts, resamples=resamples, seed=seed)
+    found, *rate = crossed_means(measures, prompts, runs, resamples=resamples, seed=seed)
     seeds, asked = sizes(tables)
-    runs = [[table.mean(1) for table in arm] for arm in (first, second)]
+    scores = [[table.mean(1) for table in arm] for arm in (first, second)]
+    both = None if runs is None else [*runs, *runs] if paired else list(runs)
     return Difference(
         mean=found.mean,
         low=found.low,
@@ -223,16 +238,24 @@ def difference(
         prompts=asked,
         scope=scope_of(seeds, asked),
         paired=paired,
-        improvement=None if seeds == 1 else improvement(*runs, resamples=resamples, seed=seed),
+        improvement=None
+        if seeds == 1
+        else improvement(*scores, both, resamples=resamples, seed=seed),
         win_rate=share(rate[0]) if wins else None,
-        more_seeds=_more(found.mean, tables, seeds),
+        more_seeds=_more(found.mean, tables, runs, seeds),
     )
 
 
-def _more(mean: float, tables: Sequence[np.ndarray], seeds: int) -> int | None:
+def _more(
+    mean: float, tables: Sequence[np.ndarray], runs: Sequence[Hashable] | None, seeds: int
+) -> int | None:
+    """Tables that share seeds vary together, the others by themselves."""
     if seeds < 2:
         return None
-    variances = [table.mean(1).var(ddof=1) for table in tables]
+    groups: dict[int, list[np.ndarray]] = {}
+    for table, number in zip(tables, _numbered(runs or range(len(tables))), strict=True):
+        groups.setdefault(number, []).append(table.mean(1))
+    variances = [np.sum(found, axis=0).var(ddof=1) for found in groups.values()]
     needed = _needed(mean, math.sqrt(math.fsum(variances)) / len(tables))
     return None if needed is None else max(0, needed - seeds)
 
@@ -247,20 +270,26 @@ def share(found: Estimate) -> Estimate:
 def improvement(
     first: Sequence[np.ndarray],
     second: Sequence[np.ndarray],
+    runs: Sequence[Hashable] | None = None,
     *,
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Estimate:
     """Probability that a run of the one arm scores above a run of the other: the mean over strata
     of the Mann-Whitney share P(X > Y) + P(X = Y) / 2, from scores of runs [S] per stratum, with
-    the interval of the stratified bootstrap (Agarwal et al. 2021, section 4.3).
+    the interval of the stratified bootstrap (Agarwal et al. 2021, section 4.3). `runs` says which
+    scores share seeds, those of `first` before those of `second`.
     """
 
     def shares(arms: Sequence[np.ndarray]) -> np.ndarray:
         return np.mean([_above(x, y) for x, y in zip(arms[::2], arms[1::2], strict=True)], axis=0)
 
     both = [scores for pair in zip(first, second, strict=True) for scores in pair]
-    return share(stratified(both, shares, resamples=resamples, seed=seed))
+    if runs is not None:
+        runs = [
+            key for pair in zip(runs[: len(first)], runs[len(first) :], strict=True) for key in pair
+        ]
+    return share(stratified(both, shares, runs, resamples=resamples, seed=seed))
 
 
 def _above(x: np.ndarray, y: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ import logging
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,7 +29,7 @@ class Report:
     """What the report holds, and where it goes."""
 
     folder: str | None = None  # null: report/ in the directory of this command, or beside a sweep
-    baseline: dict[str, str] = field(default_factory=dict)  # setting -> value; {}: every pair
+    baseline: dict[str, str] | None = None  # setting -> value; null: every pair
     kl: list[float] | None = None  # nats of the equal-KL comparison; null: chosen from the data
     samples: int = 3  # prompts whose completions are shown side by side
     title: str | None = None
@@ -37,7 +37,6 @@ class Report:
     after_sweep: bool = True  # write it at the end of a sweep, beside its runs
 
     def __post_init__(self) -> None:
-        self.baseline = {name: str(value) for name, value in self.baseline.items()}
         if self.resamples < FEWEST:
             raise ValueError(
                 f"report.resamples={self.resamples} is too few for an interval: give at least "
@@ -62,7 +61,7 @@ class Report:
         findings = Findings(
             records=sorted(records, key=_in_order),
             left_out=left_out,
-            baseline=self.baseline,
+            baseline={name: str(value) for name, value in (self.baseline or {}).items()},
             kl=self.kl,
             resamples=self.resamples,
         )

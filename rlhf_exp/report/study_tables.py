@@ -33,7 +33,7 @@ BEHAVIOR = (
     Column(key="text/distinct_2", head="distinct 2", interval=True),
     Column(key="text/distinct_3", head="distinct 3", interval=True),
     Column(key="repetition", head="repetition", interval=True),
-    Column(key="perplexity", head="perplexity", interval=True, digits=1),
+    Column(key="text/perplexity", head="perplexity", interval=True, digits=1),
 )
 DIFFERENCE = (
     Column(key="value", head="value"),

@@ -112,14 +112,18 @@ def _cell(column: Column, value: Any) -> Cell:
             ends = (shown(end, column.digits, column.signed) for end in (value.low, value.high))
             interval = f"[{', '.join(ends)}]"
         text = shown(value.mean, column.digits, column.signed)
-        return Cell(text=text, interval=interval, sort=value.mean)
+        return Cell(text=text, interval=interval, sort=_finite(value.mean))
     if isinstance(value, bool):
         return Cell(text="yes" if value else "no")
     if isinstance(value, int):
         return Cell(text=f"{value:,}".replace(",", "\u202f"), sort=value)
     if isinstance(value, float):
-        return Cell(text=shown(value, column.digits, column.signed), sort=value)
+        return Cell(text=shown(value, column.digits, column.signed), sort=_finite(value))
     return Cell(text=str(value), color=column.colors.get(str(value), ""))
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def shown(value: float | None, digits: int = 3, signed: bool = False) -> str:
