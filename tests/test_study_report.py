@@ -201,6 +201,10 @@ def test_nothing_is_claimed_where_an_interval_includes_zero(report: Path, page: 
     lead = page[page.index("<header>") : page.index("</header>")]
     lead = " ".join(re.sub("<[^>]*>", " ", lead.split("</h1>")[1]).split())
     assert lead.startswith("15 finished runs: 4 arms of 3 to 4 seeds; 1 directory left out")
+    lead, gaps = lead.split("The over-optimization gap (")
+    [gap] = [row for row in rows(report, "gap_contrasts") if row["stratum"].startswith("all")]
+    assert f"reward, {ENSEMBLE} \u2212 {SINGLE}: " in gaps
+    assert gaps.endswith(f": {gap['verdict']}")
     settled, is_open = re.split(r"1 is open: ", lead)
     assert "1 has an interval that excludes 0: reward, ensemble_small" in settled
     assert "higher" in settled

@@ -13,7 +13,7 @@ from rlhf_exp.report.tables import Table
 
 PLACES = (  # anchor, title, tables
     ("arms", "Arms", ("arms", "behavior")),
-    ("contrasts", "Contrasts", ("contrasts",)),
+    ("contrasts", "Contrasts", ("contrasts", "gap_contrasts")),
     ("equal-kl", "At equal KL", ("equal_kl", "equal_kl_contrasts", "fits")),
     ("runs", "Runs", ("runs",)),
     ("benchmarks", "Benchmarks", ("benchmarks",)),

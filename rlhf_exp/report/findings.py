@@ -111,6 +111,12 @@ class Findings:
         """Of final gold, for every setting that differs, the one that is compared first."""
         return [c for axis in self.layout.axes for c in self._contrasts(axis, "final")]
 
+    @cached_property
+    def gap_contrasts(self) -> list[Contrast]:
+        """Of the over-optimization gap, for the setting that is compared."""
+        axis = self.layout.compared
+        return self._contrasts(axis, "gap") if axis in self.layout.axes else []
+
     def _contrasts(self, axis: str, measure: str | tuple) -> list[Contrast]:
         against = self.baseline.get(axis)
         found = contrasts(self.records, axis, against, measure, resamples=self.resamples)

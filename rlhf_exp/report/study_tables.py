@@ -58,6 +58,7 @@ def all_of(findings: Findings) -> dict[str, Table]:
         arms(findings),
         behavior(findings),
         contrasts(findings),
+        gap_contrasts(findings),
         equal_kl(findings),
         equal_kl_contrasts(findings),
         fits(findings),
@@ -130,6 +131,18 @@ def contrasts(findings: Findings) -> Table:
         "needed: about how many would settle it, if the difference is real.",
         columns=[Column(key="setting", head="setting"), *DIFFERENCE],
         rows=rows,
+    )
+
+
+def gap_contrasts(findings: Findings) -> Table:
+    """Differences of the over-optimization gap: over all strata, then within each."""
+    return Table(
+        name="gap_contrasts",
+        title="Contrasts of the over-optimization gap",
+        note="Peak minus final gold, of the value minus of what it stands against: below 0, less "
+        "of what was reached is lost again. Read as the contrasts of final gold.",
+        columns=[Column(key="setting", head="setting"), *DIFFERENCE],
+        rows=[row for contrast in findings.gap_contrasts for row in _lines(contrast)],
     )
 
 

@@ -36,7 +36,7 @@ def lead(findings: Findings) -> list[Said]:
         return [(f"{first} No two arms differ in one setting alone, so nothing is compared.", [])]
     settled = [c for c in known if c.overall and c.overall.verdict != "open"]
     still_open = [c for c in known if c.overall and c.overall.verdict == "open"]
-    return [(first, []), _settled(settled, len(known)), *_open(still_open)]
+    return [(first, []), _settled(settled, len(known)), *_open(still_open), *_gaps(findings)]
 
 
 def _settled(found: Sequence[Contrast], count: int) -> Said:
@@ -51,6 +51,13 @@ def _open(found: Sequence[Contrast]) -> list[Said]:
     if not found:
         return []
     return [(f"{len(found)} {'is' if len(found) == 1 else 'are'} open:", _several(found))]
+
+
+def _gaps(findings: Findings) -> list[Said]:
+    """What became of the over-optimization gap."""
+    known = [c for c in findings.gap_contrasts if c.overall is not None]
+    what = "The over-optimization gap (peak minus final gold; lower: less is lost again):"
+    return [(what, _several(known))] if known else []
 
 
 def _several(found: Sequence[Contrast]) -> list[str]:
