@@ -240,7 +240,7 @@ def difference(
         paired=paired,
         improvement=None
         if seeds == 1
-        else improvement(*scores, both, resamples=resamples, seed=seed),
+        else improvement(scores[0], scores[1], both, resamples=resamples, seed=seed),
         win_rate=share(rate[0]) if wins else None,
         more_seeds=_more(found.mean, tables, runs, seeds),
     )
