@@ -458,7 +458,8 @@ def test_the_kl_is_to_what_the_start_policy_says_of_the_bare_prompt(lab: MakeLab
     room = lab()
     room.policy.prefix = "old hat: "
     rollouts = room.policy.sample(PROMPTS, 2)
-    log_ratio, nll = against_reference(room.policy, room.trial.reference, rollouts)
+    found = against_reference(room.policy, room.trial.reference, rollouts)
+    log_ratio, nll = found.log_ratio, found.surprise
     bare = room.policy.assemble(rollouts.prompts, rollouts.responses(), [""] * len(rollouts))
     for i in range(len(rollouts)):
         asked, plain = (_logprobs(room.policy, r, i) for r in (rollouts, bare))
