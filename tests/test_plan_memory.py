@@ -61,7 +61,7 @@ class Room:
         self.policy: Policy = tiny_policy(
             kind, max_new_tokens=24, min_new_tokens=24, sample_batch=16, **plain
         )
-        self.policy._open(tokens_from("gpt2"))
+        self.policy.open(tokens_from("gpt2"))
         size = len(self.policy.tokenizer)
         config = AutoConfig.for_model(
             kind, vocab_size=size, bos_token_id=0, eos_token_id=0, **SHAPES[kind]

@@ -16,7 +16,7 @@ from vllm_standin import StandIn
 from rlhf_exp import web
 from rlhf_exp.algorithms.ppo import PPO
 from rlhf_exp.rewards import scored
-from rlhf_exp.run import config_fingerprint
+from rlhf_exp.runs import config_fingerprint
 from rlhf_exp.samplers.vllm import VLLM, version_of
 from rlhf_exp.worker import resume
 
