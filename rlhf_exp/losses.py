@@ -200,6 +200,20 @@ def ensemble_variance(scores: Tensor, variance: str) -> Tensor:
     return centred.square().sum(0) / (scores.shape[0] - correction)
 
 
-def preference_loss(better: Tensor, worse: Tensor, l2: float = 0.0) -> Tensor:
-    """-log sigmoid(better - worse) + l2 / 2 * (better^2 + worse^2) per pair: [n] -> [n]."""
-    return -F.logsigmoid(better - worse) + 0.5 * l2 * (better.square() + worse.square())
+def preference_loss(
+    better: Tensor, worse: Tensor, l2: float = 0.0, probability: Tensor | float = 1.0
+) -> Tensor:
+    """-p log sigmoid(d) - (1 - p) log sigmoid(-d) + l2 / 2 * (better^2 + worse^2) per pair, with
+    d = better - worse and p the probability that `better` is: [n] -> [n].
+
+    That is the cross-entropy between a soft label and the softmax of the two rewards (Lee et al.
+    2023, RLAIF, arXiv 2309.00267); p = 1 is Bradley-Terry.
+    """
+    ahead = better - worse
+    loss = -probability * F.logsigmoid(ahead) - (1 - probability) * F.logsigmoid(-ahead)
+    return loss + 0.5 * l2 * (better.square() + worse.square())
+
+
+def smoothed(probability: Tensor, rate: float) -> Tensor:
+    """Soft labels [n] in the belief that a share `rate` of them is the wrong way round."""
+    return (1 - rate) * probability + rate * (1 - probability)

@@ -82,11 +82,12 @@ class Parts:
             device=self.device,
             scoring=bool({"generate", "align", "evaluate"} & set(config["stages"])),
         )
-        if self.labeller.source == "sampled" and self.gold.learns_from_pairs:
+        if self.labeller.asks_gold and self.gold.learns_from_pairs:
             raise ValueError(
                 f"the gold reward learns from pairs, and labeller={config['labeller']['_target_']} "
                 "asks the gold for them: use labeller=dataset, or a gold that learns from none"
             )
+        self.labeller.check()
         self.gold.check(self.fitting)
         self.reward.check(self.fitting)
         if "align" in config["stages"]:
@@ -143,24 +144,36 @@ class Parts:
     @cached_property
     def pairs(self) -> Path:
         """Preference pairs, labelled and made noisy."""
-        gold = self.config["gold"] if self.labeller.source == "sampled" else None
+        sampled = self.labeller.source == "sampled"
         spec = {
             "version": __version__,
             "data": self.data_spec,
-            "labeller": self.config["labeller"],
-            "gold": gold,
+            "labeller": self.config["labeller"] | self.labeller.identity(),
+            "gold": self.config["gold"] if sampled else None,
         }
         spec |= {"preferences": self.config["preferences"]}
-        if self.labeller.source == "sampled":
+        if sampled:
             spec |= self._sampling_spec()
 
         def make(folder: Path) -> None:
-            self.gold.fit(self.fitting)
+            gold = None
+            if sampled and not self.gold.learns_from_pairs:
+                gold = self.gold
+                gold.fit(self.fitting)
+                gold.load(self.device)
             self.policy.load(self.start, device=self.device)
-            self.labeller.load(self.gold, self.device)
-            self.settings.make(folder, self.data, self.policy, self.labeller)
+            labeller = self.loaded_labeller()
+            self.settings.make(
+                folder, self.data, self.policy, labeller, None if labeller.asks_gold else gold
+            )
 
         return self.store.get("preferences", "pairs", spec, make)
+
+    def loaded_labeller(self) -> Any:
+        """The labeller, ready to be asked."""
+        self.labeller.open(self.directory)
+        self.labeller.load(self.gold, self.device)
+        return self.labeller
 
     def _sampling_spec(self) -> dict[str, Any]:
         """What decides the completions of the start policy."""

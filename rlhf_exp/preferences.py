@@ -2,7 +2,8 @@
 with seeded noise.
 
 Noise is drawn once and stored, so that all members of an ensemble see the same noisy data set, as
-the paper speaks of (Coste et al. 2023, section 4); evaluation pairs stay clean.
+the paper speaks of (Coste et al. 2023, section 4); evaluation pairs stay clean. A wrong label stays
+as certain as the right one was.
 """
 
 import logging
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlhf_exp import rewards
 from rlhf_exp.artifacts import write_json
 from rlhf_exp.choices import require
 from rlhf_exp.data.local import write_jsonl
@@ -50,10 +52,12 @@ class Preferences:
     noise_rate: float = 0.25  # share of training pairs whose label is wrong
     # flip: exactly that share; randomise_half: twice that share gets a coin flip
     noise_scheme: str = "flip"
+    ties: str = "drop"  # pairs of which the labeller says that neither is better: drop or keep
     seed: int = 0  # draws prompts, samples and noise
 
     def __post_init__(self) -> None:
         require(self.noise_scheme, SCHEMES, "preferences.noise_scheme")
+        require(self.ties, ("drop", "keep"), "preferences.ties")
         limit = 1.0 if self.noise_scheme == "flip" else 0.5
         if not 0 <= self.noise_rate <= limit:
             raise ValueError(
@@ -65,8 +69,12 @@ class Preferences:
                 "preferences.pairs must be at least 1 and preferences.evaluation_pairs at least 2"
             )
 
-    def make(self, folder: Path, data: Dataset, policy: Policy, labeller: Any) -> None:
-        """Write train.jsonl, evaluation.jsonl and noise.json."""
+    def make(
+        self, folder: Path, data: Dataset, policy: Policy, labeller: Any, gold: Any = None
+    ) -> None:
+        """Write train.jsonl, evaluation.jsonl, noise.json and labels.json, which tells how often
+        the labeller agreed with `gold`, a loaded reward, if there is one.
+        """
         if labeller.source == "dataset":
             train, evaluation, dropped = list(data.pairs), data.held_out_pairs, 0
             if not train or len(evaluation) < 2:
@@ -76,11 +84,13 @@ class Preferences:
                 )
         else:
             train, evaluation, dropped = self._sampled(data.prompts, policy, labeller)
+        labels = labeller.report() | agreement(train + evaluation, gold)
         flipped = SCHEMES[self.noise_scheme](len(train), self.noise_rate, random.Random(self.seed))
         for i in flipped:
-            train[i] = Pair(train[i].prompt, train[i].rejected, train[i].chosen)
+            pair = train[i]
+            train[i] = Pair(pair.prompt, pair.rejected, pair.chosen, pair.probability)
         logger.info(
-            "%d pairs, %d labels flipped, %d sampled pairs dropped as ties",
+            "%d pairs, %d labels flipped, %d sampled pairs dropped as ties or undecided",
             len(train),
             len(flipped),
             dropped,
@@ -88,6 +98,9 @@ class Preferences:
         write_jsonl(folder / "train.jsonl", [vars(p) for p in train])
         write_jsonl(folder / "evaluation.jsonl", [vars(p) for p in evaluation])
         write_json(folder / "noise.json", {"flipped": flipped, "dropped": dropped})
+        write_json(folder / "labels.json", labels)
+        if labels:
+            logger.info("labels: %s", ", ".join(f"{k} {v:.4g}" for k, v in labels.items()))
 
     def _sampled(
         self, prompts: list[str], policy: Policy, labeller: Any
@@ -99,24 +112,63 @@ class Preferences:
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
             while len(found) < wanted and asked < 4 * wanted:
-                batch = [rng.choice(prompts) for _ in range(min(512, wanted - len(found) + 32))]
-                found += _labelled(batch, policy.sample(batch, 2).completions, labeller)
+                spare = 0 if labeller.dear else 32
+                batch = [rng.choice(prompts) for _ in range(min(512, wanted - len(found) + spare))]
+                completions = policy.sample(batch, 2).completions
+                found += labelled(batch, completions, labeller, ties=self.ties)
                 asked += len(batch)
         if len(found) < wanted:
             raise ValueError(
                 f"only {len(found)} of {wanted} preference pairs survived: of {asked} sampled "
-                "pairs the others were equal texts or ties. "
+                "pairs the others were equal texts or ties, or the labeller could not say. "
                 "Lower preferences.pairs, or let the policy vary more (policy.temperature)"
             )
         return found[: self.pairs], found[self.pairs : wanted], asked - len(found)
 
 
-def _labelled(prompts: list[str], completions: list[str], labeller: Any) -> list[Pair]:
-    """Pairs of the two completions of each prompt, without equal texts, ties and those the labeller
-    cannot tell.
+def ask(labeller: Any, prompts: list[str], left: list[str], right: list[str]) -> Tensor:
+    """P(left is better) [n], NaN where the labeller cannot say. Nobody is asked about two texts
+    that are the same: 1/2.
     """
-    found, _ = paired(completions, wins(prompts, completions, labeller, 2), 2)
-    return [Pair(prompts[i // 2], completions[i], completions[j]) for i, j in found]
+    found = torch.full((len(prompts),), 0.5)
+    different = [i for i in range(len(prompts)) if left[i] != right[i]]
+    if different:
+        rows = ([column[i] for i in different] for column in (prompts, left, right))
+        found[different] = labeller(*rows).float().cpu()
+    return found
+
+
+def labelled(
+    prompts: list[str], completions: list[str], labeller: Any, *, ties: str = "drop"
+) -> list[Pair]:
+    """Pairs of the two completions of each prompt, side by side, without equal texts, those of
+    which the labeller cannot say, and ties unless these are to `keep`.
+    """
+    left, right = completions[::2], completions[1::2]
+    rows = zip(prompts, left, right, ask(labeller, prompts, left, right).tolist(), strict=True)
+    return [
+        Pair(prompt, one, other, ahead) if ahead >= 0.5 else Pair(prompt, other, one, 1 - ahead)
+        for prompt, one, other, ahead in rows
+        if one != other and ahead == ahead and (ahead != 0.5 or ties == "keep")
+    ]
+
+
+def agreement(pairs: list[Pair], gold: Any) -> dict[str, float]:
+    """Share of `pairs` that are in the order of `gold`, a loaded reward, ties of either left out;
+    nothing without a gold, or without a pair that both can tell.
+    """
+    told = [pair for pair in pairs if pair.probability != 0.5]
+    if gold is None or not told:
+        return {}
+    prompts = [pair.prompt for pair in told]
+    better, worse = (
+        rewards.score(gold, prompts, [getattr(p, side) for p in told], "gold").objective
+        for side in ("chosen", "rejected")
+    )
+    apart = better != worse
+    if not apart.any():
+        return {}
+    return {"agreement_with_gold": float((better > worse)[apart].float().mean())}
 
 
 def wins(prompts: list[str], completions: list[str], labeller: Any, samples: int) -> Tensor:
@@ -126,7 +178,7 @@ def wins(prompts: list[str], completions: list[str], labeller: Any, samples: int
     found = torch.zeros(len(prompts), samples)
     for i, j in combinations(range(samples), 2):
         left, right = completions[i::samples], completions[j::samples]
-        ahead = labeller(prompts, left, right).float().cpu().nan_to_num(0.5)
+        ahead = ask(labeller, prompts, left, right).nan_to_num(0.5)
         found[:, i] += ahead
         found[:, j] += 1 - ahead
     return found.flatten()

@@ -156,7 +156,7 @@ class Stages(Parts):
                 self.data.answers,
             ),
             pairs=lambda: self.pairs,
-            labeller=self._loaded_labeller,
+            labeller=self.loaded_labeller,
             pruning=self.pruning,
             mixed_precision=self.hardware.mixed_precision,
             peak_tflops=self.hardware.peak_tflops,
@@ -185,10 +185,6 @@ class Stages(Parts):
         """Find what the stage reward made, in this run or an earlier one."""
         if "reward" not in self.config["stages"]:
             self.run_reward()
-
-    def _loaded_labeller(self) -> Any:
-        self.labeller.load(self.gold, self.device)
-        return self.labeller
 
     def _model_card(self) -> str:
         judged = (self.directory / "evaluation").exists()  # else the gold is asked later

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rlhf_exp.data.local import read_jsonl
 from rlhf_exp.data.rows import Dataset, Pair
+from rlhf_exp.labellers import Labeller
 from rlhf_exp.labellers.dataset import FromDataset
 from rlhf_exp.labellers.gold import Gold
 from rlhf_exp.preferences import Preferences, flip_all, flip_randomised_half
@@ -198,9 +199,7 @@ def test_no_surviving_pair_is_an_error_that_tells_the_cure(tmp_path: Path) -> No
 
 
 def test_labeller_that_cannot_say_drops_the_pair(tmp_path: Path) -> None:
-    class Unsure:
-        source = "sampled"
-
+    class Unsure(Labeller):
         def __call__(self, prompts, left, right) -> Tensor:
             sure = torch.tensor([pips(a) % 2 == 0 for a in left])
             return torch.where(sure, gold()(prompts, left, right), torch.nan)

@@ -9,6 +9,7 @@ in its file. They are sums over the completion's tokens, the end of text include
 Conservative DPO (Mitchell 2023) is cross-entropy against labels that are wrong with probability
 eps: -(1 - eps) log s(x) - eps log s(-x) with x = beta h. TRL has no such loss, but its `robust`
 one, [-(1 - e) log s(x) + e log s(-x)] / (1 - 2 e), is the same function at e = -eps / (1 - 2 eps).
+So it is with soft labels, where eps is a pair's own: the sigmoid loss becomes the conservative one.
 
 Left out: several losses at once, f-divergences other than the reverse KL.
 """
@@ -57,17 +58,48 @@ SMOOTHED = {"conservative": False, "robust": False, "exo_pair": False, "aot": Tr
             "aot_unpaired": True}  # fmt: skip
 SIDES = ("chosen", "rejected")
 
-Row = dict[str, Any]  # prompt, chosen, rejected; prompt_ids, <side>_ids, ref_<side>_logps
+# prompt, chosen, rejected, perhaps probability; prompt_ids, <side>_ids, ref_<side>_logps
+Row = dict[str, Any]
 
 
 class PairTraining(Training):
-    """Rows come tokenized and with the reference's log-probabilities."""
+    """Rows come tokenized and with the reference's log-probabilities; soft ones also with the
+    probability that their chosen side is the better one.
+    """
+
+    def _set_signature_columns_if_needed(self: Any) -> None:
+        super()._set_signature_columns_if_needed()  # type: ignore[misc]
+        if "probability" not in self._signature_columns:
+            self._signature_columns = [*self._signature_columns, "probability"]
+
+    def compute_loss(self: Any, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any):
+        """TRL's; its robust loss takes the labels of this batch for as sure as they are."""
+        if "probability" in inputs:
+            self.label_smoothing = robust_rate(inputs.pop("probability"))
+        return super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
 
     def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
         return dataset
 
     def _precompute_ref_logps(self, dataset: Any, *_: Any) -> Any:
         return dataset
+
+
+def robust_rate(probability: Tensor) -> Tensor:
+    """The e at which TRL's robust loss is the cross-entropy to soft labels [n]; even odds, at which
+    there is none, count as 0.5001.
+    """
+    wrong = (1 - probability).clamp(max=0.4999)
+    return -wrong / (1 - 2 * wrong)
+
+
+def soft(collator: Callable[[list[Row]], dict[str, Any]]) -> Callable[[list[Row]], dict[str, Any]]:
+    """`collator`, which also hands on the probability of each row [b]."""
+
+    def collate(rows: list[Row]) -> dict[str, Any]:
+        return collator(rows) | {"probability": torch.tensor([row["probability"] for row in rows])}
+
+    return collate
 
 
 @dataclass(kw_only=True)
@@ -189,10 +221,14 @@ class DPO(TrainerAlgorithm):
         from trl.trainer.dpo_config import DPOConfig
         from trl.trainer.dpo_trainer import DPOTrainer
 
-        conservative = self.loss == "conservative"
+        robust = self.loss == "conservative" or (self.loss == "sigmoid" and _unsure(rows))
+        if self.loss not in ("sigmoid", "conservative") and _unsure(rows):
+            logger.warning("algo.loss=%s takes soft labels for certain", self.loss)
+        if robust:
+            rows, held_out = ([self._smoothed(row) for row in part] for part in (rows, held_out))
         arguments = DPOConfig(
             output_dir=folder,
-            loss_type=["robust" if conservative else self.loss],
+            loss_type=["robust" if robust else self.loss],
             beta=self.beta,
             label_smoothing=self.label_smoothing,
             max_length=None,
@@ -206,9 +242,13 @@ class DPO(TrainerAlgorithm):
             eval_dataset=Rows.from_list(held_out) if held_out else None,
             processing_class=policy.tokenizer,
         )
-        if conservative:
-            trainer.label_smoothing = -self.label_smoothing / (1 - 2 * self.label_smoothing)
+        if robust:
+            trainer.data_collator = soft(trainer.data_collator)
         return trainer
+
+    def _smoothed(self, row: Row) -> Row:
+        label = torch.tensor(row.get("probability", 1.0))
+        return row | {"probability": float(losses.smoothed(label, self.label_smoothing))}
 
     # ---- pairs
 
@@ -314,6 +354,10 @@ def sequence_logprobs(ask: Callable[[Batch], Tensor], rollouts: Rollouts) -> Ten
 
     (found,) = by_token(rollouts, MAX_ROLLOUT_TOKENS, logprobs)
     return found.sum(1).cpu()
+
+
+def _unsure(rows: list[Row]) -> bool:
+    return any(row.get("probability", 1.0) != 1.0 for row in rows)
 
 
 def _rows(policy: Policy, rollouts: Rollouts, pairs: list[tuple[int, int]]) -> list[Row]:

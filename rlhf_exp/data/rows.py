@@ -21,6 +21,7 @@ class Pair:
     prompt: str
     chosen: str
     rejected: str
+    probability: float = 1.0  # that `chosen` is the better one: a soft label
 
 
 @dataclass(frozen=True)

@@ -1,19 +1,40 @@
-"""A labeller answers one question: which of two completions is better, with what probability."""
+"""A labeller answers one question: which of two completions is better, with what probability.
 
+What it says is soft: 1 and 0 are certain, 1/2 is a tie, NaN is no answer. Who wants errors on top
+wraps one in `noisy`.
+"""
+
+from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 
 class Labeller(Protocol):
-    """`source` says where pairs come from: sampled from the start policy, or the dataset's own,
-    already in order.
-    """
+    """One that checks, loads or remembers nothing writes `__call__` alone."""
 
-    source: str
+    source: str = "sampled"  # where pairs come from: sampled from a policy, or the `dataset`'s own
+    asks_gold: bool = False  # whether the gold reward decides
+    dear: bool = False  # whether a label costs somebody's time or money, so that none is wasted
 
-    def load(self, gold: Any, device: Any) -> None: ...
+    def identity(self) -> dict[str, Any]:
+        """What decides the labels beside the settings: weights, files."""
+        return {}
+
+    def check(self) -> None:
+        """Refuse what can be known to fail before anything samples or loads."""
+
+    def open(self, directory: Path) -> None:
+        """Keep what must outlive the run in, or beside, its directory."""
+
+    def load(self, gold: Any, device: str | torch.device) -> None:
+        """Bring it to a device; `gold` is the gold reward, loaded by whoever asks it."""
 
     def __call__(self, prompts: list[str], left: list[str], right: list[str]) -> Tensor:
-        """P(left is better) [n] in [0, 1]; NaN where it cannot say."""
+        """P(left is better) [n] in [0, 1], on the CPU; NaN where it cannot say."""
         ...
+
+    def report(self) -> dict[str, float]:
+        """What is worth knowing of the labels given since it was built, by name."""
+        return {}

@@ -1,20 +1,19 @@
 """The data set's own preferences: its pairs come with the better completion first."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from rlhf_exp.labellers import Labeller
+
 
 @dataclass(kw_only=True)
-class FromDataset:
+class FromDataset(Labeller):
     """Always prefers the left one, because the data set put it there."""
 
-    source: ClassVar[str] = "dataset"
-
-    def load(self, gold: Any, device: Any) -> None:
-        """Nothing to load."""
+    def __post_init__(self) -> None:
+        self.source = "dataset"
 
     def __call__(self, prompts: list[str], left: list[str], right: list[str]) -> Tensor:
         return torch.ones(len(prompts))

@@ -1,20 +1,31 @@
 """The gold reward as the labeller: it prefers what it scores higher."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
+import torch
 from torch import Tensor
 
+from rlhf_exp.labellers import Labeller
 from rlhf_exp.rewards import score
 
 
 @dataclass(kw_only=True)
-class Gold:
-    """Never errs; a tie is one half. Noise is added by `preferences.noise_rate`."""
+class Gold(Labeller):
+    """Errs only if it is soft: then it says what a Bradley-Terry rater would, of whom `scale` is
+    the difference of scores that turns even odds into 73 to 27.
+    """
 
-    source: ClassVar[str] = "sampled"
+    scale: float | None = (
+        None  # P(left) = sigmoid(difference / scale); null: 1, 0, or 1/2 for a tie
+    )
 
-    def load(self, gold: Any, device: Any) -> None:
+    def __post_init__(self) -> None:
+        if self.scale is not None and self.scale <= 0:
+            raise ValueError(f"labeller.scale={self.scale} must be positive, or null")
+        self.asks_gold = True
+
+    def load(self, gold: Any, device: str | torch.device) -> None:
         self.gold = gold
         self.gold.load(device)
 
@@ -23,4 +34,4 @@ class Gold:
             score(self.gold, prompts, left, "gold").objective
             - score(self.gold, prompts, right, "gold").objective
         )
-        return 0.5 + 0.5 * ahead.sign()
+        return 0.5 + 0.5 * ahead.sign() if self.scale is None else (ahead / self.scale).sigmoid()

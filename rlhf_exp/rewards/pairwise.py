@@ -6,7 +6,9 @@ standardised by statistics stored with the model. Standardised, because a Bradle
 arbitrary offset that WCO and UWO would compare between members; the published ensemble code stores
 the statistics and never applies them.
 
-Left out: more than two replies per prompt, and soft labels.
+Labels may be soft: the loss is the cross-entropy to the probability that comes with each pair.
+
+Left out: more than two replies per prompt.
 """
 
 import json
@@ -46,6 +48,7 @@ class Pairwise(Reward):
     micro_batch: int = 32  # pairs per forward pass; fewer than `batch` accumulates gradients
     warmup: float = 0.1  # share of the steps with a rising learning rate, which then falls to 0
     score_l2: float = 0.001  # pulls scores towards 0 (table 2 of Coste et al. 2023)
+    label_smoothing: float = 0.0  # share of labels taken to be wrong
     # tokens; longer training pairs are dropped and counted, longer texts cut on the left
     max_length: int = 256
     # none, eval_set (both replies of the evaluation pairs) or policy_samples
@@ -61,6 +64,10 @@ class Pairwise(Reward):
         require(self.normalise, ("none", "eval_set", "policy_samples"), "reward.normalise")
         if not self.train and self.path is None:
             raise ValueError("reward.train=false needs a reward model to use: give reward.path")
+        if not 0 <= self.label_smoothing < 0.5:
+            raise ValueError(
+                f"reward.label_smoothing={self.label_smoothing} must be at least 0 and below 0.5"
+            )
         if self.batch % self.micro_batch:
             raise ValueError(
                 f"reward.batch={self.batch} must be a multiple of "
@@ -161,7 +168,10 @@ class Pairwise(Reward):
         model = self._classifier(backbone, tokenizer)
         texts = [self._texts([p["prompt"]] * 2, [p["chosen"], p["rejected"]]) for p in pairs]
         rows = Dataset.from_list(
-            [{"chosen": chosen, "rejected": rejected} for chosen, rejected in texts]
+            [
+                {"chosen": better, "rejected": worse, "probability": p.get("probability", 1.0)}
+                for (better, worse), p in zip(texts, pairs, strict=True)
+            ]
         )
         trainer = RewardTraining(
             model=model,
@@ -169,6 +179,7 @@ class Pairwise(Reward):
             train_dataset=rows,
             processing_class=tokenizer,
             score_l2=self.score_l2,
+            label_smoothing=self.label_smoothing,
             lora=self.lora,
         )
         kept = len(trainer.train_dataset)  # type: ignore[arg-type]
