@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -50,14 +50,17 @@ def loss_of(lab: MakeLab) -> Callable[..., tuple[Tensor, Tensor, dict[str, float
     rejected), and what is logged: the trainer's own code, with a model that says what it is told.
     """
 
-    def computed(**settings: Any) -> tuple[Tensor, Tensor, dict[str, float]]:
+    def computed(
+        labels: Sequence[float] = (1.0, 1.0, 1.0), **settings: Any
+    ) -> tuple[Tensor, Tensor, dict[str, float]]:
         inputs = {k: torch.tensor(v) for k, v in GIVEN.items() if isinstance(v, list)}
         algorithm = DPO(**steady | {"beta": GIVEN["beta"]} | settings)
         room = lab()
         row: dict[str, Any] = {"prompt_ids": [5], "chosen_ids": [6], "rejected_ids": [7]}
         row |= {"ref_chosen_logps": 0.0, "ref_rejected_logps": 0.0}
         with scratch(room.policy) as folder:
-            trainer = algorithm._trainer(folder, room.policy, [row], [], 0)
+            rows = [row | {"probability": p} for p in labels]
+            trainer = algorithm._trainer(folder, room.policy, rows, [], 0)
             policy = torch.cat([inputs["policy_chosen"], inputs["policy_rejected"]])
             policy = policy[:, None].requires_grad_()  # completions of one token
             nothing = torch.zeros_like(policy)
@@ -65,13 +68,14 @@ def loss_of(lab: MakeLab) -> Callable[..., tuple[Tensor, Tensor, dict[str, float
                 log_probs=policy, entropy=nothing, mean_logits=nothing, is_top1=nothing > 0
             )
             mask = torch.tensor([[0, 1]] * len(policy))
-            batch = {"input_ids": torch.ones_like(mask), "attention_mask": torch.ones_like(mask)}
+            batch = trainer.data_collator(list(trainer.train_dataset))
+            batch |= {"input_ids": torch.ones_like(mask), "attention_mask": torch.ones_like(mask)}
             batch |= {"completion_mask": mask}
             batch |= {f"ref_{s}_logps": inputs[f"ref_{s}"] for s in ("chosen", "rejected")}
             if algorithm.reference == "none":
                 batch |= {f"ref_{s}_logps": torch.zeros(3) for s in ("chosen", "rejected")}
             trainer.model.train()
-            loss = trainer._compute_loss(lambda **_: told, batch, False)
+            loss = trainer.compute_loss(lambda **_: told, batch)
             (gradient,) = torch.autograd.grad(loss, policy)
             logged = {k: sum(v) / len(v) for k, v in trainer._metrics["train"].items()}
         return loss.detach(), gradient[:, 0], algorithm._ours({"loss": 0.0} | logged)
@@ -116,6 +120,21 @@ def test_conservative_is_the_cross_entropy_of_labels_that_may_be_wrong(
         (1 - smoothing) * math.log1p(math.exp(-v)) + smoothing * math.log1p(math.exp(v)) for v in x
     ]
     assert found == pytest.approx(sum(expected) / 3, rel=1e-5)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_soft_labels_are_what_the_loss_is_the_cross_entropy_to(
+    smoothing: float, loss_of: Any
+) -> None:
+    labels = (0.9, 0.5, 0.6)
+    settings = {"loss": "conservative", "label_smoothing": smoothing} if smoothing else {}
+    found = float(loss_of(labels=labels, **settings)[0])
+    expected = 0.0
+    for h, p in zip(WANTED["h"], labels, strict=True):
+        x, right = GIVEN["beta"] * h, (1 - smoothing) * p + smoothing * (1 - p)
+        expected += right * math.log1p(math.exp(-x)) + (1 - right) * math.log1p(math.exp(x))
+    assert found == pytest.approx(expected / 3, rel=1e-4)
+    assert found != pytest.approx(float(loss_of(**settings)[0]), rel=1e-3)
 
 
 @pytest.mark.parametrize("loss", LOSSES)

@@ -13,6 +13,7 @@ from rlhf_exp.algorithms.scaling import RunningMoments, ScoreScaling, apply_miss
 
 VECTORS = Path(__file__).parent / "vectors"
 ENSEMBLES = json.loads((VECTORS / "ensembles.json").read_text())
+RLAIF = json.loads((VECTORS / "rlaif.json").read_text())
 PPO = json.loads((VECTORS / "ppo.json").read_text())
 
 
@@ -123,6 +124,16 @@ def test_preference_loss_matches_vector() -> None:
 def test_preference_loss_without_pull_is_bradley_terry() -> None:
     loss = losses.preference_loss(t([2.0, 0.0, -1.0]), t([0.0, 0.0, 1.0]))
     close(loss, [math.log(1 + math.exp(-2)), math.log(2), math.log(1 + math.exp(2))])
+
+
+def test_soft_labels_match_vector() -> None:
+    better, worse = RLAIF["rm_scores"]
+    label = t([RLAIF["soft_label_A"]])
+    close(losses.preference_loss(t([better]), t([worse]), 0.0, label), [RLAIF["rm_soft_ce"]])
+
+
+def test_label_smoothing_takes_some_labels_for_wrong() -> None:
+    close(losses.smoothed(t([1.0, 0.5, 0.8]), 0.1), [0.9, 0.5, 0.74])
 
 
 # ------------------------------------------------------------------------------ KL, shaped rewards
