@@ -88,6 +88,8 @@ class Parts:
                 "asks the gold for them: use labeller=dataset, or a gold that learns from none"
             )
         self.labeller.check()
+        if self.fits_later:
+            self.algo.check_reward(self.reward, self.labeller)
         self.gold.check(self.fitting)
         self.reward.check(self.fitting)
         if "align" in config["stages"]:
@@ -108,6 +110,11 @@ class Parts:
                     "evaluation.gold=after asks it later: set evaluation.gold=during, or watch "
                     "reward/proxy"
                 )
+
+    @property
+    def fits_later(self) -> bool:
+        """Whether the reward is fitted while the policy improves, and not before."""
+        return "align" in self.config["stages"] and getattr(self.algo, "fits_reward", False)
 
     # ---- what stages hand over
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_exp import rewards
+from rlhf_exp import processes, rewards
 from rlhf_exp.artifacts import write_json
 from rlhf_exp.choices import require
 from rlhf_exp.data.local import write_jsonl
@@ -133,8 +133,9 @@ def ask(labeller: Any, prompts: list[str], left: list[str], right: list[str]) ->
     found = torch.full((len(prompts),), 0.5)
     different = [i for i in range(len(prompts)) if left[i] != right[i]]
     if different:
-        rows = ([column[i] for i in different] for column in (prompts, left, right))
-        found[different] = labeller(*rows).float().cpu()
+        rows = [[column[i] for i in different] for column in (prompts, left, right)]
+        said = processes.first(lambda: labeller(*rows)) if labeller.dear else labeller(*rows)
+        found[different] = said.float().cpu()
     return found
 
 
@@ -147,10 +148,17 @@ def labelled(
     left, right = completions[::2], completions[1::2]
     rows = zip(prompts, left, right, ask(labeller, prompts, left, right).tolist(), strict=True)
     return [
-        Pair(prompt, one, other, ahead) if ahead >= 0.5 else Pair(prompt, other, one, 1 - ahead)
+        ordered(prompt, one, other, ahead)
         for prompt, one, other, ahead in rows
         if one != other and ahead == ahead and (ahead != 0.5 or ties == "keep")
     ]
+
+
+def ordered(prompt: str, left: str, right: str, ahead: float) -> Pair:
+    """The pair whose left text is better with probability `ahead`, the better one first."""
+    if ahead >= 0.5:
+        return Pair(prompt, left, right, ahead)
+    return Pair(prompt, right, left, 1 - ahead)
 
 
 def agreement(pairs: list[Pair], gold: Any) -> dict[str, float]:

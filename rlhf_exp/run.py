@@ -109,14 +109,21 @@ class Stages(Parts):
         logger.info("start policy: %s", self.start)
 
     def run_preferences(self) -> None:
-        if "reward" in self.config["stages"] and not self.reward.learns_from_pairs:
-            logger.info("skipped: this reward learns from no pairs")
+        idle = self.fits_later or not self.reward.learns_from_pairs
+        if "reward" in self.config["stages"] and idle and not self.gold.learns_from_pairs:
+            why = (
+                "algo asks for pairs itself" if self.fits_later else "this reward learns from none"
+            )
+            logger.info("skipped: %s", why)
             return
         logger.info("preference pairs: %s", self.pairs)
 
     def run_reward(self) -> None:
         self.gold.fit(self.fitting)
-        self.reward.fit(self.fitting)
+        if self.fits_later:
+            logger.info("skipped: the reward is fitted while the policy improves")
+        else:
+            self.reward.fit(self.fitting)
 
     def run_align(self) -> None:
         self._fit_rewards()
@@ -130,7 +137,8 @@ class Stages(Parts):
         self.policy.load(self.start, trainable=True, device=self.device)
         self.sampler.open(self.directory)
         self.policy.sampler = self.sampler
-        self.reward.load(self.device)
+        if not self.fits_later:
+            self.reward.load(self.device)
         gold = self.gold if self.evaluation.gold == "during" else None
         if gold is not None:
             gold.load(self.device)
@@ -157,6 +165,7 @@ class Stages(Parts):
             ),
             pairs=lambda: self.pairs,
             labeller=self.loaded_labeller,
+            fitting=self.fitting,
             pruning=self.pruning,
             mixed_precision=self.hardware.mixed_precision,
             peak_tflops=self.hardware.peak_tflops,

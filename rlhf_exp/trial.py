@@ -55,6 +55,7 @@ class Trial:
     evaluator: Evaluator
     pairs: Callable[[], Path]  # preference artifact: train.jsonl and evaluation.jsonl
     labeller: Callable[[], Any]  # loaded; says which of two completions is better
+    fitting: Any = None  # what a reward may use to fit itself
     pruning: Pruning | None = None  # when to give up
     mixed_precision: str = "no"  # what matrices are multiplied in: no, bf16 or fp16
     peak_tflops: float | None = None  # of one device, in bf16

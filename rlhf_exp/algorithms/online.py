@@ -53,7 +53,7 @@ class Online:
         step = trial.begin(policy, self, self.steps)
         while step < self.steps:
             started = time.perf_counter()
-            prompts = prompts_at(data.prompts, step, self.batch, trial.seed)
+            prompts = prompts_at(self.prompts(data), step, self.batch, trial.seed)
             rollouts = policy.sample(prompts, self.samples, fresh=False)
             sampled = time.perf_counter()
             scored(rollouts, reward)
@@ -68,6 +68,10 @@ class Online:
             trial.log_step(step, rollouts, metrics, seconds)
             step += 1
             trial.end_step(step, policy, self)
+
+    def prompts(self, data: Dataset) -> list[str]:
+        """Those to sample for, once set up."""
+        return data.prompts
 
     def check(self, policy: Policy, data: Dataset) -> None:
         """Refuse what can be known to fail before any weights load."""

@@ -134,12 +134,13 @@ class ReST(Imitation):
             raise ValueError(f"algo.validation={self.validation} must not be negative")
         self.aside: list[str] = []
 
-    def run(self, policy: Policy, reward: Any, data: Dataset, trial: Trial) -> None:
-        """Train `policy` in place, on other prompts than those set aside."""
-        self.aside, others = set_aside(data, self.validation, trial.seed)
-        super().run(policy, reward, others, trial)
+    def prompts(self, data: Dataset) -> list[str]:
+        """All but those set aside."""
+        return self.others
 
     def setup(self, policy: Policy, reward: Any, data: Dataset, trial: Trial) -> None:
+        self.aside, data = set_aside(data, self.validation, trial.seed)
+        self.others = data.prompts
         self.pool, self.rng = Pool(), np.random.default_rng(trial.seed)
         self.told = data.demonstrations
         super().setup(policy, reward, data, trial)

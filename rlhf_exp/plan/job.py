@@ -23,6 +23,8 @@ def describe(config: dict[str, Any], known: dict[str, Any]) -> Job:
     """
     names = ("policy", "algo", "sft", "reward", "gold", "labeller", "preferences", "evaluation")
     built = {name: build(config[name], name) for name in (*names, "hardware")}
+    # refits of the reward are left out
+    built["algo"] = getattr(built["algo"], "learner", built["algo"])
     policy: Policy = built["policy"]
     policy.precision = Autocast(built["hardware"].mixed_precision)  # passes are traced on a CPU
     prompts, held_out, told = _lengths(config, policy, known)

@@ -18,6 +18,7 @@ from rlhf_exp.algorithms.best_of_n import BestOfN
 from rlhf_exp.algorithms.conditional import Conditional
 from rlhf_exp.algorithms.dpo import DPO
 from rlhf_exp.algorithms.imitation import Imitation
+from rlhf_exp.algorithms.online_preferences import OnlinePreferences
 from rlhf_exp.algorithms.ppo import PPO
 from rlhf_exp.algorithms.rest import ReST
 from rlhf_exp.algorithms.sft import SFT
@@ -81,6 +82,11 @@ def mfu(flops: float, seconds: float, peak_tflops: float, processes: int = 1) ->
 def learning(algo: Any, counts: Counts, texts: Texts) -> float:
     """Operations of one step's learning from `texts`, the completions it sampled or was given."""
     raise TypeError(f"no count of operations for {type(algo).__name__}")
+
+
+@learning.register
+def _(algo: OnlinePreferences, counts: Counts, texts: Texts) -> float:
+    return learning(algo.learner, counts, texts)
 
 
 @learning.register

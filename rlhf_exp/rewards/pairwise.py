@@ -47,6 +47,7 @@ class Pairwise(Reward):
     batch: int = 32  # pairs per optimizer step
     micro_batch: int = 32  # pairs per forward pass; fewer than `batch` accumulates gradients
     warmup: float = 0.1  # share of the steps with a rising learning rate, which then falls to 0
+    weight_decay: float = 0.0  # AdamW
     score_l2: float = 0.001  # pulls scores towards 0 (table 2 of Coste et al. 2023)
     label_smoothing: float = 0.0  # share of labels taken to be wrong
     # tokens; longer training pairs are dropped and counted, longer texts cut on the left

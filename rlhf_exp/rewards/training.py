@@ -22,6 +22,7 @@ def training_config(reward: "Pairwise", folder: Path, device: Any) -> RewardConf
         num_train_epochs=reward.epochs,
         learning_rate=reward.lr,
         warmup_steps=reward.warmup,
+        weight_decay=reward.weight_decay,
         adam_beta2=0.95,
         per_device_train_batch_size=reward.micro_batch,
         gradient_accumulation_steps=reward.batch // reward.micro_batch,
