@@ -84,7 +84,7 @@ class OnlinePreferences(Online):
     candidates: int = 10  # pairs among which one is picked (Christiano et al. 2017: 10)
     bootstrap: bool = True  # members learn from resamples; false: from all but 1/e of the labels
     buffer: int = 3000  # last labels that members are fitted on
-    weight_decay: float = 0.01  # of the members, at first
+    weight_decay: float = 1.0  # of the members, at first
     # validation loss over training loss, between which the weight decay of a member keeps them
     loss_band: list[float] = field(default_factory=lambda: [1.1, 1.5])
     seed: int = 0  # draws prompts and resamples; together with the run's
