@@ -213,12 +213,20 @@ class Stages(Parts):
         }
         if self.config.get("figures", True):
             draw(self.directory)
+        if labels := self._labels():
+            table["labels"] = labels
         if benchmarks := self._benchmarks():
             table["benchmarks"] = benchmarks
         write_json(self.directory / "summary.json", table)
         print(as_table(table))
         if benchmarks:
             print(self.evaluation.harness.as_text(**benchmarks))
+
+    def _labels(self) -> dict[str, float]:
+        """What is known of the labels of the run's preference pairs."""
+        made = [Path(p) for p in self.store.used if Path(p).parent.name == "preferences"]
+        files = [p / "labels.json" for p in made if (p / "labels.json").exists()]
+        return json.loads(files[-1].read_text()) if files else {}
 
     def _benchmarks(self) -> dict[str, Any] | None:
         """Of the start policy, made once, and of the one that this run has trained, with the prefix

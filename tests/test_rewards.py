@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from conftest import tiny_policy
 from torch import Tensor
 
 from rlhf_exp.artifacts import Store
-from rlhf_exp.data.local import write_jsonl
+from rlhf_exp.data.local import read_jsonl, write_jsonl
 from rlhf_exp.rewards import Fitting, Reward, score
 from rlhf_exp.rewards.ensemble import Ensemble
 from rlhf_exp.rewards.function import Function
@@ -573,6 +574,39 @@ def test_fitted_reward_model_learns_and_applies_its_statistics(tiny_base, tmp_pa
     assert torch.equal(renewed(prompts, [row["chosen"] for row in rows]), better), (
         "same seed, same model"
     )
+
+
+def margin(reward: Pairwise, pairs: Path, room: Fitting) -> float:
+    """Mean of what the fitted reward model gives the better text more, in log-odds."""
+    reward.fit(room)
+    reward.load("cpu")
+    rows = read_jsonl(pairs / "train.jsonl")
+    prompts = [row["prompt"] for row in rows]
+    better, worse = (reward(prompts, [row[k] for row in rows]) for k in ("chosen", "rejected"))
+    return float((better - worse).mean()) * reward.std
+
+
+@pytest.mark.slow
+def test_soft_labels_and_smoothing_are_what_a_reward_model_learns(
+    tiny_base, tmp_path: Path
+) -> None:
+    """TRL's trainer knows of neither."""
+    certain = preference_pairs(tmp_path / "certain")
+    soft = tmp_path / "soft"
+    soft.mkdir()
+    for name in ("train", "evaluation"):
+        rows = read_jsonl(certain / f"{name}.jsonl")
+        write_jsonl(soft / f"{name}.jsonl", [row | {"probability": 0.75} for row in rows])
+    found = {}
+    for pairs, smoothing in ((certain, 0.0), (soft, 0.0), (certain, 0.25)):
+        reward = Pairwise(
+            epochs=8, lr=3e-3, batch=16, micro_batch=16, max_length=60, label_smoothing=smoothing
+        )
+        room = fitting(Store(tmp_path / "artifacts"), pairs=pairs, policy=tiny_base())
+        found[pairs.name, smoothing] = margin(reward, pairs, room)
+    assert found["soft", 0.0] == pytest.approx(math.log(3), abs=0.4), "the odds of 0.75"
+    assert found["certain", 0.0] > 2 * found["soft", 0.0]
+    assert found["certain", 0.25] == found["soft", 0.0], "the same labels, said in another way"
 
 
 @pytest.mark.slow
