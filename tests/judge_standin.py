@@ -1,17 +1,14 @@
-"""A server that speaks the chat completions of OpenAI, as well or as badly as a test wants.
-
-A module takes the fixture with `pytest_plugins = ["judge_standin"]`.
+"""A server that speaks the chat completions of OpenAI, as well or as badly as a test wants;
+judge_fixtures.py starts one.
 """
 
 import json
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-
-import pytest
 
 KEY = "sk-very-secret"
 Answer = tuple[int, dict[str, str], str]  # status, headers, body
@@ -87,11 +84,3 @@ class Server:
     def close(self) -> None:
         self.http.shutdown()
         self.http.server_close()
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setenv("TEST_KEY", KEY)
-    made = Server()
-    yield made
-    made.close()

@@ -553,7 +553,7 @@ def test_an_option_of_several_tokens_is_followed_to_its_end(pupil: Path) -> None
 
 def test_local_model_says_what_it_cannot_choose(pupil: Path, caplog) -> None:
     judge = LocalModel(path=str(pupil))
-    for options in (("1", "1"), ("1", ""), ("1", "\ufffd\ufffd")):
+    for options in (("1", "1"), ("1", ""), ("1", " 2")):
         with pytest.raises(ValueError, match=r"the tokenizer of judge\.path=\S+ cannot write 1, "):
             judge.check_options(options)
     judge.load("cpu")

@@ -17,7 +17,7 @@ from rlhf_exp.feedback.tasks import Categories
 from rlhf_exp.web import retry_after
 from rlhf_exp.worker import resume
 
-pytest_plugins = ["runs_fixtures", "judge_standin"]
+pytest_plugins = ["runs_fixtures", "judge_fixtures"]
 
 NAMES = ["Good", "Bad"]
 

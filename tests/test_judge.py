@@ -25,7 +25,7 @@ from rlhf_exp.feedback.rules import Rules
 from rlhf_exp.labellers.judge import FromJudge, choice, same_position, soft_label
 from rlhf_exp.labellers.self_preference import self_preference
 
-pytest_plugins = ["runs_fixtures", "judge_standin"]
+pytest_plugins = ["runs_fixtures", "judge_fixtures"]
 
 VECTORS = json.loads((Path(__file__).parent / "vectors" / "rlaif.json").read_text())
 NAN = math.nan
@@ -108,7 +108,7 @@ def test_self_preference_is_beside_the_gold() -> None:
     [
         ([token("1", _1=0.7, _2=0.2)], "12", [0.7, 0.2]),
         ([token("2", _1=0.2, _2=0.6, **{" 2": 0.1})], "12", [0.2, 0.7]),
-        ([token(" "), token("1", _1=0.9, _2=0.05)], "12", [0.9, 0.05]),
+        ([token(" ", **{" ": 1.0}), token("1", _1=0.9, _2=0.05)], "12", [0.9, 0.05]),
         # what is not listed has at most the share of the last that is, and at most what is left
         ([token("1", _1=0.6, x=0.3)], "12", [0.6, 0.1]),
         ([token("1", _1=0.6, x=0.05)], "12", [0.6, 0.05]),
@@ -118,7 +118,7 @@ def test_self_preference_is_beside_the_gold() -> None:
         ([token("1", _1=0.8, _2=0.1), token(".", **{".": 0.9})], ["1", "10"], [0.8, UNSAID]),
         ([token("10", _1=0.3, _10=0.5)], ["1", "10"], [0.3, 0.5]),
         ([token("I", I=0.9, _1=0.05)], "12", None),
-        ([token(" ")], "12", None),
+        ([token(" ", **{" ": 1.0})], "12", None),
     ],
 )
 def test_log_probabilities_come_from_the_first_token(tokens, options, expected) -> None:

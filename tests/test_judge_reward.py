@@ -17,11 +17,11 @@ from rlhf_exp.feedback.endpoint import OpenAI
 from rlhf_exp.feedback.rules import Rules
 from rlhf_exp.rewards.judge import SCORES, JudgeScore, expected_score
 
-pytest_plugins = ["runs_fixtures", "judge_standin"]
+pytest_plugins = ["runs_fixtures", "judge_fixtures"]
 
 VECTORS = json.loads((Path(__file__).parent / "vectors" / "rlaif.json").read_text())["direct"]
 GOOD, FAIR, POOR = (
-    f" the plot was {word} . the cast was {word} indeed ." for word in ("superb", "fine", "awful")
+    f" the plot was {word} . the cast was {word} ." for word in ("superb", "fine", "awful")
 )
 
 

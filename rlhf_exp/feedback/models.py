@@ -111,19 +111,20 @@ class LocalModel(Judge):
         space = "" if self.tokenizer.chat_template is not None else " "
         before = self._ids(asked)
         ids = [self._ids(asked + space + option) for option in options]
-        whole = all(i[: len(before)] == before for i in ids)
-        ids = [i[len(before) :] for i in ids]
-        columns = takewhile(lambda tokens: len(set(tokens)) == 1, zip(*ids, strict=False))
-        shared = min(len(list(columns)), min(map(len, ids)) - 1)
-        known = all(
-            self.tokenizer.decode(i).strip() == o for i, o in zip(ids, options, strict=True)
-        )
-        if not whole or not known or len({*map(tuple, ids)}) < len(options):
+        after = [i[len(before) :] for i in ids]
+        if (
+            any(i[: len(before)] != before for i in ids)
+            or [self.tokenizer.decode(i).strip() for i in after] != list(options)
+            or len({*map(tuple, after)}) < len(options)
+            or "" in options
+        ):
             raise ValueError(
                 f"the tokenizer of judge.path={self.path} cannot write {', '.join(options)} as "
                 "tokens of their own after a question: take another judge"
             )
-        return ids[0][:shared], [i[shared:] for i in ids]
+        columns = takewhile(lambda tokens: len(set(tokens)) == 1, zip(*after, strict=False))
+        shared = min(len(list(columns)), min(map(len, after)) - 1)
+        return after[0][:shared], [i[shared:] for i in after]
 
     @torch.no_grad()
     def _likely(self, encoded: list[list[int]], ids: list[list[int]]) -> list[list[float]]:
@@ -132,12 +133,15 @@ class LocalModel(Judge):
         """
         steps = {tuple(i[:k]) for i in ids for k in range(len(i))}  # what is read before a token
         after = {s: self._next([e + list(s) for e in encoded]) for s in steps}
-        parts = [sum(after[tuple(i[:k])][:, i[k]] for k in range(len(i))) for i in ids]
-        found = torch.stack(parts, 1).exp()  # type: ignore[arg-type]  # [b, options]
+        columns = [
+            torch.stack([after[tuple(i[:k])][:, i[k]] for k in range(len(i))]).sum(0) for i in ids
+        ]
+        going_on = torch.zeros(len(ids), len(encoded))  # share of the shorter option
         for short, long in permutations(range(len(ids)), 2):
             if ids[long][: len(ids[short])] == ids[short]:
-                found[:, short] -= found[:, long]
-        return found.clamp(min=UNSAID).log().tolist()
+                going_on[short] += (columns[long] - columns[short]).exp()
+        ending = torch.log((1 - going_on).clamp(min=UNSAID))
+        return (torch.stack(columns) + ending).T.tolist()
 
     def _next(self, encoded: list[list[int]]) -> Tensor:
         """Log-probabilities of the token after each of `encoded` [b, vocabulary]."""

@@ -187,7 +187,8 @@ class FromJudge(Labeller):
         ]
         swapped = [(prompt, other, one, rule) for prompt, one, other, rule in rows]
         one_way, other_way = self._chances(rows + swapped).chunk(2)
-        labels = soft_label(one_way, other_way).view(len(prompts), -1).mean(1)
+        principles = len(self.rules) if self.principles == "all" else 1
+        labels = soft_label(one_way, other_way).view(-1, principles).mean(1)
         labels = labels.round(decimals=6)  # or rounding would decide a tie
         if self.rationale:
             labels = labels.clamp(*self.clamp)
