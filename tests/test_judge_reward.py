@@ -35,6 +35,11 @@ class Sure(Judge):
     def identity(self) -> dict[str, Any]:
         return {"name": "sure"}
 
+    def __call__(
+        self, questions: Sequence[Question], attempt: int
+    ) -> Iterator[tuple[int, str | None]]:
+        raise AssertionError("it is asked for scores, not for words")
+
     def choose(
         self, questions: Sequence[Question], options: Sequence[str], attempt: int
     ) -> Iterator[tuple[int, list[float] | str | None]]:

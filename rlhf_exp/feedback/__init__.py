@@ -93,7 +93,7 @@ class Judge(Protocol):
         """As `__call__`, but log-probabilities of `options` [len(options)] as the answer to each
         question, up to a constant; a text if the answer is none of them.
         """
-        raise NotImplementedError(f"{type(self).__name__} replies in words only")
+        raise ValueError(f"the judge {type(self).__name__} writes replies and chooses no options")
 
 
 @dataclass(kw_only=True)
