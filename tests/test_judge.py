@@ -13,10 +13,12 @@ from typing import Any
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from judge_standin import KEY, Answer, Server, said, token
 from lab import Vowels
 from runs import inside, rows, says, the_error
 
+from rlhf_exp.config import build, check, conf_directory, resolved
 from rlhf_exp.constitution import Principle
 from rlhf_exp.feedback import Judge, Question
 from rlhf_exp.feedback.endpoint import OpenAI
@@ -469,6 +471,31 @@ def test_nonsense_for_log_probabilities_is_a_failed_request(logprobs, server, tm
 
 
 # ------------------------------------------------------------------------------------------- runs
+
+
+@pytest.mark.parametrize("who", ["rules", "local", "openai"])
+@pytest.mark.parametrize(
+    ("options", "place"),
+    [
+        (["labeller=judge"], "labeller"),
+        (["labeller=noisy", "labeller@labeller.labeller=judge"], "labeller.labeller"),
+        (["reward=judge"], "reward"),
+        (["algo=alt_lmc"], "algo.labels.feedback"),
+    ],
+    ids=lambda value: "",
+)
+def test_every_judge_can_be_asked_wherever_one_is(options: list[str], place: str, who: str) -> None:
+    given = {"local": ["path=owner/model"], "openai": ["model=name"]}.get(who, [])
+    with initialize_config_dir(str(conf_directory()), version_base="1.3"):
+        chosen = [*options, f"judge@{place}.judge={who}"]
+        config = compose("config", overrides=chosen + [f"{place}.judge.{g}" for g in given])
+    check(config)
+    top = place.split(".")[0]
+    made = build(resolved(config)[top], top)
+    for part in [*place.split(".")[1:], "judge"]:
+        made = getattr(made, part)
+    kinds = {"rules": "Rules", "local": "LocalModel", "openai": "OpenAI"}
+    assert type(made).__name__ == kinds[who]
 
 
 def test_stage_preferences_with_a_judge(tmp_path: Path) -> None:
