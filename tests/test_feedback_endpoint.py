@@ -1,16 +1,14 @@
 """A judge behind HTTP: one that answers well, badly, late, not now, and not at all."""
 
 import hashlib
-import json
 import threading
 import time
-from collections.abc import Callable, Iterator
 from email.utils import formatdate
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+from judge_standin import KEY, Answer, Server, said
 from runs import inside, logged, says, the_error, timeless
 
 from rlhf_exp.feedback import Provider
@@ -19,80 +17,9 @@ from rlhf_exp.feedback.tasks import Categories
 from rlhf_exp.web import retry_after
 from rlhf_exp.worker import resume
 
-pytest_plugins = ["runs_fixtures"]
+pytest_plugins = ["runs_fixtures", "judge_fixtures"]
 
-KEY = "sk-very-secret"
 NAMES = ["Good", "Bad"]
-Answer = tuple[int, dict[str, str], str]  # status, headers, body
-
-
-def said(content: str | None) -> Answer:
-    return 200, {}, json.dumps({"choices": [{"message": {"content": content}}]})
-
-
-class Quiet(ThreadingHTTPServer):
-    daemon_threads = True
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that timed out and left is what some tests are about."""
-
-
-class Server:
-    """Answers each request with what `answer(completion, number of the request)` gives."""
-
-    def __init__(self) -> None:
-        self.answer: Callable[[str, int], Answer] = lambda text, number: said("Good")
-        self.requests: list[dict[str, Any]] = []
-        self.times: list[float] = []
-        self.busy = self.busiest = 0
-        self.lock = threading.Lock()
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                outer.take(self)
-
-            def do_GET(self) -> None:
-                outer.take(self)
-
-            def log_message(self, format: str, *args: Any) -> None:
-                """Quiet."""
-
-        self.http = Quiet(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_address[1]}/v1"
-        threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
-
-    def take(self, handler: BaseHTTPRequestHandler) -> None:
-        body = json.loads(handler.rfile.read(int(handler.headers["Content-Length"] or 0)) or "{}")
-        with self.lock:
-            headers = dict(handler.headers.items())
-            self.requests.append({"path": handler.path, "headers": headers, "body": body})
-            self.times.append(time.monotonic())
-            number = len(self.requests)
-            self.busy += 1
-            self.busiest = max(self.busiest, self.busy)
-        text = body["messages"][-1]["content"] if body else ""
-        status, more, content = self.answer(text.split("Answer: ")[-1].split("\n")[0], number)
-        with self.lock:
-            self.busy -= 1
-        handler.send_response(status)
-        for name, value in more.items():
-            handler.send_header(name, value)
-        handler.send_header("Content-Length", str(len(content.encode())))
-        handler.end_headers()
-        handler.wfile.write(content.encode())
-
-    def close(self) -> None:
-        self.http.shutdown()
-        self.http.server_close()
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setenv("TEST_KEY", KEY)
-    made = Server()
-    yield made
-    made.close()
 
 
 def judge(server: Server, **settings: Any) -> OpenAI:

@@ -2,13 +2,12 @@
 
 A provider is a task (what is asked, and how a reply is read) and a judge (who answers): rules, a
 local model, or an endpoint. Judges know nothing of tasks, so whatever else asks for replies in
-words can use them.
+words can use them. A judge can also be asked which of a few options it would answer with, and how
+sure it is: labels and scores come from that.
 
 Left out: feedback by several judges at once.
 """
 
-import hashlib
-import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
-from rlhf_exp.feedback.cache import Cache
+from rlhf_exp.feedback.asking import Asker
 
 
 @dataclass(frozen=True)
@@ -46,6 +45,7 @@ class Question:
     prompt: str
     completion: str
     write: Callable[[Verdict], str] = field(compare=False)  # a verdict in the form asked for
+    other: str | None = None  # of two completions, the second
 
 
 class Task(Protocol):
@@ -84,6 +84,17 @@ class Judge(Protocol):
         """
         ...
 
+    def check_options(self, options: Sequence[str]) -> None:
+        """ValueError, before anything loads, if it cannot choose among `options`."""
+
+    def choose(
+        self, questions: Sequence[Question], options: Sequence[str], attempt: int
+    ) -> Iterable[tuple[int, list[float] | str | None]]:
+        """As `__call__`, but log-probabilities of `options` [len(options)] as the answer to each
+        question, up to a constant; a text if the answer is none of them.
+        """
+        raise ValueError(f"the judge {type(self).__name__} writes replies and chooses no options")
+
 
 @dataclass(kw_only=True)
 class Provider:
@@ -98,17 +109,14 @@ class Provider:
     def __post_init__(self) -> None:
         if self.tries < 1:
             raise ValueError(f"feedback.tries={self.tries} must be at least 1")
-        self.memory: Cache | None = None
-        self._identity: dict[str, Any] | None = None
-        names = ("asked", "cached", "malformed", "failed", "retried")
-        self._counts: dict[str, int] = dict.fromkeys(names, 0)
+        self.asker = Asker(self.judge, self.tries)
 
     @property
     def counts(self) -> dict[str, int]:
         """Since it was built: replies asked for, of which retried, and replies already known;
         completions without feedback because the replies were malformed, or none came.
         """
-        return self._counts | {"retried": self._counts["retried"] + self.judge.retried}
+        return self.asker.counts
 
     def check(self) -> None:
         """Refuse what can be known to fail before anything loads."""
@@ -120,54 +128,10 @@ class Provider:
 
     def open(self, directory: Path) -> None:
         """Remember replies in the run directory, unless `cache` names another place."""
-        self._identity = self.judge.identity()
-        if self._identity is not None:
-            path = directory / "feedback.jsonl" if self.cache is None else Path(self.cache)
-            self.memory = Cache(path.expanduser())
+        path = directory / "feedback.jsonl" if self.cache is None else Path(self.cache)
+        self.asker.open(path, "feedback.cache")
 
     def __call__(self, prompts: list[str], completions: list[str]) -> list[Feedback | None]:
         """Feedback on each completion; None where no reply came, or none that could be read."""
         pairs = zip(prompts, completions, strict=True)
-        questions = [self.task.question(p, c) for p, c in pairs]
-        waiting = list(dict.fromkeys(questions))
-        self._counts["cached"] += len(questions) - len(waiting)
-        found: dict[Question, Feedback | None] = {}
-        for attempt in range(self.tries if self.judge.varies else 1):
-            replies = self._replies(waiting, attempt)
-            found |= {q: self.task.parse(reply) for q, reply in replies.items()}
-            waiting = [q for q in replies if found[q] is None]
-        self._counts["malformed"] += sum(q in found and found[q] is None for q in questions)
-        self._counts["failed"] += sum(q not in found for q in questions)
-        return [found.get(q) for q in questions]
-
-    def _replies(self, questions: list[Question], attempt: int) -> dict[Question, str]:
-        """Replies by question, those that never came left out."""
-        keys = {q: self._key(q, attempt) for q in questions}
-        known = self.memory.replies if self.memory is not None else {}
-        replies = {q: known[key] for q, key in keys.items() if key in known}
-        unknown = [q for q in questions if q not in replies]
-        self._count(cached=len(replies), asked=len(unknown))
-        self._count(retried=len(unknown) if attempt else 0)
-        try:
-            for i, reply in self.judge(unknown, attempt) if unknown else ():
-                if reply is not None:
-                    replies[unknown[i]] = reply
-                    self._remember(unknown[i], keys[unknown[i]], reply)
-        finally:  # what was answered before a judge went down is kept
-            if self.memory is not None:
-                self.memory.flush()
-        return {q: replies[q] for q in questions if q in replies}
-
-    def _key(self, question: Question, attempt: int) -> str:
-        """Names a reply by all that decides it: instruction and text, judge, attempt."""
-        spec = [question.messages, question.max_tokens, self._identity, attempt]
-        return hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()
-
-    def _remember(self, question: Question, key: str, reply: str) -> None:
-        if self.memory is not None:
-            about = {"prompt": question.prompt, "completion": question.completion}
-            self.memory.add({"key": key} | about | {"reply": reply})
-
-    def _count(self, **numbers: int) -> None:
-        for name, number in numbers.items():
-            self._counts[name] += number
+        return self.asker.replies([self.task.question(p, c) for p, c in pairs], self.task.parse)

@@ -15,11 +15,11 @@ BATCH = 32  # replies written and fsynced at once
 
 
 class Cache:
-    """`replies` by key; `add` and `flush` append to the file at `path`."""
+    """`replies` by key; `add` and `flush` append to the file at `path`, which `setting` names."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, setting: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.path = path
+        self.path, self.setting = path, setting
         self.lock = path.with_name(f".{path.name}.lease")
         self.replies: dict[str, str] = {}
         self.waiting: list[dict[str, Any]] = []
@@ -72,6 +72,6 @@ class Cache:
         if not isinstance(key, str) or not isinstance(reply, str):
             raise ValueError(
                 f"{self.path}, line {self.lines}: not a remembered reply of a judge; remove the "
-                "line, or name another file as feedback.cache"
+                f"line, or name another file as {self.setting}"
             )
         return key, reply

@@ -7,15 +7,17 @@ The key comes from an environment variable and goes nowhere but into the request
 import json
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from rlhf_exp import web
 from rlhf_exp.feedback import Judge, Question
+from rlhf_exp.feedback.options import TOP, of_tokens, of_words
 from rlhf_exp.web import Failure
 
+T = TypeVar("T")
 REFUSED = (301, 302, 303, 307, 308, 401, 403, 404, 405)  # whatever is asked: address, key or model
 
 
@@ -97,11 +99,26 @@ class OpenAI(Judge):
     def __call__(
         self, questions: Sequence[Question], attempt: int
     ) -> Iterator[tuple[int, str | None]]:
-        temperature = self.retry_temperature if attempt else self.temperature
+        return self._answers([self._body(q, attempt) for q in questions], _content)
+
+    def choose(
+        self, questions: Sequence[Question], options: Sequence[str], attempt: int
+    ) -> Iterator[tuple[int, list[float] | str | None]]:
+        """From the `top_logprobs` of the reply; where the server gives none, a reply that is an
+        option and nothing else counts as certain.
+        """
+        more = {"logprobs": True, "top_logprobs": TOP}
+        bodies = [self._body(q, attempt, **more) for q in questions]
+        return self._answers(bodies, lambda answer: _chosen(answer, options))
+
+    def _answers(
+        self, bodies: list[dict[str, Any]], read: Callable[[bytes], T]
+    ) -> Iterator[tuple[int, T | None]]:
+        """Position of each request and what `read` makes of the answer, as they come."""
         self._down = ""
         self._stop.clear()
         with ThreadPoolExecutor(self.concurrency) as pool:
-            asked = {pool.submit(self._ask, q, temperature): i for i, q in enumerate(questions)}
+            asked = {pool.submit(self._ask, body, read): i for i, body in enumerate(bodies)}
             try:
                 for reply in as_completed(asked):
                     yield asked[reply], reply.result()
@@ -112,13 +129,12 @@ class OpenAI(Judge):
 
     # ---- one question, in a thread of its own
 
-    def _ask(self, question: Question, temperature: float) -> str | None:
+    def _ask(self, body: dict[str, Any], read: Callable[[bytes], T]) -> T | None:
         """The reply; None if the question is given up, or nobody is asked any more."""
-        body = self._body(question, temperature)
         number = 1
         while not self._stop.wait(self._pace.slot()):
             try:
-                reply = _content(self._send("chat/completions", body, self.timeout))
+                reply = read(self._send("chat/completions", body, self.timeout))
             except Failure as failure:
                 hopeless = not failure.passing or failure.wait > self.longest_wait
                 if hopeless or number == self.requests:
@@ -135,15 +151,15 @@ class OpenAI(Judge):
                 return reply
         return None
 
-    def _body(self, question: Question, temperature: float) -> dict[str, Any]:
+    def _body(self, question: Question, attempt: int, **more: Any) -> dict[str, Any]:
         """The request, as JSON."""
         body = {
             "model": self.model,
             "messages": [{"role": role, "content": text} for role, text in question.messages],
-            "temperature": temperature,
+            "temperature": self.retry_temperature if attempt else self.temperature,
             "max_tokens": question.max_tokens,
         }
-        return {k: v for k, v in (body | self.body).items() if v is not None}
+        return {k: v for k, v in (body | more | self.body).items() if v is not None}
 
     def _give_up(self, failure: Failure) -> None:
         """Count a question without a reply; stop asking if it is one too many."""
@@ -186,3 +202,14 @@ def _content(answer: bytes) -> str:
     except (ValueError, LookupError, TypeError):
         said = " ".join(answer[:60].decode(errors="replace").split())
         raise Failure(f"{said!r} is no chat completion") from None
+
+
+def _chosen(answer: bytes, options: Sequence[str]) -> list[float] | str:
+    """Log-probabilities of `options`, or the text if it is none of them."""
+    text = _content(answer)
+    try:
+        tokens = (json.loads(answer)["choices"][0].get("logprobs") or {}).get("content")
+        found = of_tokens(tokens, options) if tokens else of_words(text, options)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise Failure(f"its logprobs cannot be read ({type(error).__name__}: {error})") from None
+    return text if found is None else found

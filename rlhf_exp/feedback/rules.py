@@ -1,6 +1,9 @@
 """A judge that reads no instructions and costs nothing: rules look at the text, and their verdict
 is written in the form the task asks for, so it is read as any judge's reply is.
 
+It can stand in for a judge that chooses, too: an option is as likely as the quality that the rules
+find in what it stands for, so no language model's taste is in it.
+
 Three points: kind (sentiment above 0), warm (above 0.5), sound (nothing wrong with the form).
 """
 
@@ -28,8 +31,14 @@ class Rules(Judge):
     """
 
     rules: str = "reviews"
+    temperature: float = 0.25  # of choices: difference in quality that turns even odds to 73 to 27
+    position_bias: float = (
+        0.0  # of choices: quality that standing first is worth, or last if below 0
+    )
 
     def __post_init__(self) -> None:
+        if self.temperature <= 0:
+            raise ValueError(f"judge.temperature={self.temperature} must be positive")
         if ":" not in self.rules:
             require(self.rules, (*RULES, "<module>:<function>"), "judge.rules")
 
@@ -48,6 +57,29 @@ class Rules(Judge):
         if self.rules not in RULES:
             return enumerate(self._replies(questions))
         return enumerate(q.write(self._judge(q.completion)) for q in questions)
+
+    def check_options(self, options: Sequence[str]) -> None:
+        if self.rules not in RULES:
+            raise ValueError(
+                f"judge.rules={self.rules} writes replies and cannot say how likely an option is: "
+                f"use {' or '.join(RULES)}"
+            )
+
+    def choose(
+        self, questions: Sequence[Question], options: Sequence[str], attempt: int
+    ) -> Iterator[tuple[int, list[float] | str | None]]:
+        return enumerate(self._chosen(q, len(options)) for q in questions)
+
+    def _chosen(self, question: Question, count: int) -> list[float]:
+        """Of two completions, by their quality; of one, by how far each of the options, which are a
+        scale with the best last, is from its quality.
+        """
+        quality = self._judge(question.completion).quality
+        if question.other is None:
+            heights = [-abs(i / (count - 1) - quality) for i in range(count)]
+        else:
+            heights = [quality + self.position_bias, self._judge(question.other).quality]
+        return (torch.tensor(heights) / self.temperature).log_softmax(-1).tolist()
 
     def _replies(self, questions: Sequence[Question]) -> list[str]:
         """What the user's function says."""
