@@ -38,8 +38,9 @@ REQUIRED = {
     "data=local": ["prompts"],
 }
 
-# Not asked for by themselves: quick is part of experiment=debug, feedback of some algorithms.
-WITHIN = ("hydra", "quick", "feedback")
+# Not asked for by themselves: quick is part of experiment=debug, feedback of some algorithms, and
+# critic of a stage.
+WITHIN = ("hydra", "quick", "feedback", "critic")
 FOLDERS = sorted(p.name for p in CONF.iterdir() if p.is_dir() and p.name not in WITHIN)
 OPTIONS = {f: sorted(p.stem for p in (CONF / f).glob("*.yaml")) for f in FOLDERS}
 PRESETS = OPTIONS.pop("experiment")
