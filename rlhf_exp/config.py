@@ -51,6 +51,7 @@ class Root:
     hardware: Any
     sampler: Any
     tracker: Any
+    critique: Any
     preferences: Any
     evaluation: Any
     checkpoints: Any

@@ -6,11 +6,12 @@ again by whoever asks for the same.
 """
 
 import json
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from rlhf_exp import __version__, precision, processes
+from rlhf_exp import __version__, critique, precision, processes
 from rlhf_exp.artifacts import Store
 from rlhf_exp.choices import require
 from rlhf_exp.config import build, last_hardware
@@ -25,8 +26,8 @@ from rlhf_exp.samplers.local import Local
 from rlhf_exp.trial import seed_everything
 
 STAGES = (
-    "prepare", "sft", "preferences", "reward", "generate", "merge", "align", "evaluate", "export",
-    "compare",
+    "prepare", "critique", "sft", "preferences", "reward", "generate", "merge", "align", "evaluate",
+    "export", "compare",
 )  # fmt: skip
 NO_POLICY = {"prepare", "merge", "export", "compare"}  # need no policy of this config
 
@@ -55,6 +56,7 @@ class Parts:
         self.prepare, self.generations = built["prepare"], built["generations"]
         self.sampler: Sampler = built.get("sampler") or Local()  # older runs name none
         self.export: Export = built.get("export") or Export()
+        self.critique: critique.Critique = built.get("critique") or critique.Critique()
         self.pruning = Pruning(**config["pruning"]) if config.get("pruning") else None
         if not 0 <= config["seed"] < 2**32:
             raise ValueError(f"seed={config['seed']} must be between 0 and 2**32 - 1")
@@ -87,6 +89,9 @@ class Parts:
                 f"the gold reward learns from pairs, and labeller={config['labeller']['_target_']} "
                 "asks the gold for them: use labeller=dataset, or a gold that learns from none"
             )
+        if "critique" in config["stages"]:
+            critique.check_order(config["stages"])
+            self.critique.check(self.policy)
         self.labeller.check()
         if self.fits_later:
             self.algo.check_reward(self.reward, self.labeller)
@@ -130,7 +135,13 @@ class Parts:
 
     @cached_property
     def start(self) -> Path | str:
-        """The start policy: fine-tuned on demonstrations, if the policy asks for it."""
+        """The start policy: fine-tuned, if the policy asks for it, on demonstrations or on what the
+        stage critique made.
+        """
+        return self._tuned(self.revisions if "critique" in self.config["stages"] else None)
+
+    def _tuned(self, revisions: Path | None = None) -> Path | str:
+        """The base policy fine-tuned on the data's demonstrations, or on `revisions`."""
         if not self.policy.sft:
             return self.base
         policy = self.config["policy"]
@@ -141,12 +152,34 @@ class Parts:
             | {k: policy[k] for k in ("lora", "train_top", "chat", "prefix")},
             "sft": self.config["sft"],
         }
+        if revisions is not None:
+            spec["critique"] = revisions.name
 
         def make(folder: Path) -> None:
+            told = self.data.demonstrations if revisions is None else critique.read(revisions)
             self.policy.load(self.base, trainable=True, device=self.device)
-            self.sft_settings.make(folder, self.data, self.policy)
+            self.sft_settings.make(folder, replace(self.data, demonstrations=told), self.policy)
 
         return self.store.get("sft", "policy", spec, make)
+
+    @cached_property
+    def revisions(self) -> Path:
+        """Answers that a critic has revised, and the demonstrations made of them."""
+        source = self._tuned() if self.critique.answers == "start" else self.base
+        spec = {"version": __version__, "data": self.data_spec, "gold": self.config["gold"]}
+        spec |= {"critique": self.critique.identity(), **self._sampling_spec(source)}
+
+        def make(folder: Path) -> None:
+            gold = None
+            if not self.gold.learns_from_pairs:  # which would be of the policy that is to come
+                gold = self.gold
+                gold.fit(replace(self.fitting, policy=lambda: source))
+                gold.load(self.device)
+            self.policy.load(source, device=self.device)
+            cache = self.store.root / "critique" / "replies.jsonl"
+            self.critique.make(folder, self.data, self.policy, gold, cache)
+
+        return self.store.get("critique", "revisions", spec, make)
 
     @cached_property
     def pairs(self) -> Path:
@@ -160,7 +193,7 @@ class Parts:
         }
         spec |= {"preferences": self.config["preferences"]}
         if sampled:
-            spec |= self._sampling_spec()
+            spec |= self._sampling_spec(self.start)
 
         def make(folder: Path) -> None:
             gold = None
@@ -182,8 +215,8 @@ class Parts:
         self.labeller.load(self.gold, self.device)
         return self.labeller
 
-    def _sampling_spec(self) -> dict[str, Any]:
-        """What decides the completions of the start policy."""
+    def _sampling_spec(self, policy: Path | str) -> dict[str, Any]:
+        """What decides the completions of `policy`, which is the start policy or the base."""
         sampling = (
             "temperature",
             "top_k",
@@ -195,8 +228,8 @@ class Parts:
             "dtype",
             "quantization",
         )
-        start = self.start.name if isinstance(self.start, Path) else self.start
-        identity = self.policy.identity() if not self.policy.sft else None
+        start = policy.name if isinstance(policy, Path) else policy
+        identity = self.policy.identity() if policy == self.base else None
         return {
             "start": start,
             "base": identity,

@@ -97,13 +97,16 @@ class Stages(Parts):
             decided = {"reward": self.config["reward"], "gold": self.config["gold"]}
             decided["fitted"] = sorted(p.name for p in fitted if p.parent.name == "reward")
         self.policy.load(self.start, device=self.device)
-        decided |= self._sampling_spec() | {"prefix": self.policy.prefix}
+        decided |= self._sampling_spec(self.start) | {"prefix": self.policy.prefix}
         self.generations.generate(
             self.policy, self.data, self.reward, self.gold, decided, self.directory
         )
 
     def run_merge(self) -> None:
         self.generations.merge(self.directory)
+
+    def run_critique(self) -> None:
+        logger.info("revisions: %s", self.revisions)
 
     def run_sft(self) -> None:
         logger.info("start policy: %s", self.start)
@@ -240,7 +243,9 @@ class Stages(Parts):
         self._make_room()
         before = None
         if harness.start:
-            spec = {"version": __version__, "harness": harness.identity()} | self._sampling_spec()
+            spec = {"version": __version__, "harness": harness.identity()} | self._sampling_spec(
+                self.start
+            )
 
             def make(folder: Path) -> None:
                 prefix = self.config["policy"]["prefix"]
