@@ -102,8 +102,8 @@ class Critique:
         elif policy.architecture is not None:
             raise ValueError(
                 "critique.critic=null has the policy criticize itself, and one built from "
-                "policy.architecture has never seen an instruction: add judge@critique.critic=rules, the "
-                "stand-in of data=reviews, or judge@critique.critic=local or openai"
+                "policy.architecture has never seen an instruction: add "
+                "judge@critique.critic=rules, the stand-in of data=reviews, or local or openai"
             )
         if isinstance(self.critic, Rules):
             self._check_rules(principles)

@@ -1,5 +1,5 @@
-"""The stand-in critic of the embedded world (`judge@critique.critic=rules`), whose policies are too small to
-criticize anything.
+"""The stand-in critic of the embedded world (`judge@critique.critic=rules`), whose policies are too
+small to criticize anything.
 
 It reads a review clause by clause, as the world does (data/reviews.py), and knows the three
 principles of constitutions/reviews.yaml: `kind`, `warm` and `sound`. What it says is made from the
