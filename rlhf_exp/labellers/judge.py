@@ -35,7 +35,7 @@ Row = tuple[str, str, str, Principle]  # prompt, answer 1, answer 2, what decide
 
 
 def soft_label(one_way: Tensor, other_way: Tensor) -> Tensor:
-    """P(A is better) [n], the mean over both orders (Lee et al. 2023, sections 2.1 and 2.2).
+    """P(A is better) [n], the mean over both orders.
 
     `one_way` [n, 2] are log-probabilities of "1" and "2" with A first, `other_way` with B first.
     """

@@ -1,5 +1,5 @@
 """A judge scores completions from 1 to 10, and the expected score is the reward (direct RLAIF: Lee
-et al. 2023, arXiv 2309.00267, section 2.3).
+et al. 2023, arXiv 2309.00267).
 
 "10" may be two tokens. A local model then reads the first and is asked for the second, and "1" is
 what does not go on so. An endpoint tells of a second token only after the first one that it said:
