@@ -17,7 +17,8 @@ import logging
 import random
 from collections import Counter
 from copy import copy
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ class Critique:
         if not 0 <= self.helpful <= 1:
             raise ValueError(f"critique.helpful={self.helpful} must be between 0 and 1")
 
-    @property
+    @cached_property
     def principles(self) -> list[Principle]:
         """Those of the constitution."""
         return constitution.read(self.constitution, "critique.constitution")
@@ -124,7 +125,8 @@ class Critique:
 
     def identity(self) -> dict[str, Any]:
         """What decides the revisions, beside data and policy."""
-        settings = {k: v for k, v in vars(self).items() if k not in ("cache", "critic")}
+        decisive = [f.name for f in fields(self) if f.name not in ("cache", "critic")]
+        settings = {name: getattr(self, name) for name in decisive}
         critic = None
         if self.critic is not None:
             judge = type(self.critic)

@@ -110,7 +110,7 @@ def test_report_counts_and_measures_each_round(tmp_path: Path) -> None:
     assert found.report["rounds"][0]["changed"] > 0
 
 
-def test_principles_are_drawn_by_seed_prompt_and_round(tmp_path: Path) -> None:
+def test_principles_are_drawn_by_seed_prompt_and_round() -> None:
     def drawn(seed: int) -> list[list[str]]:
         critique = Critique(seed=seed)
         return [[critique._drawn(i, r).name for r in (1, 2)] for i in range(600)]
@@ -247,10 +247,9 @@ def test_whatever_decides_the_revisions_is_in_the_identity(tmp_path: Path) -> No
     mine = tmp_path / "mine.yaml"
     row = '{name: kind, compare: a, critique: "%s", revise: c}'
     mine.write_text(f"principles: [{row % 'b'}]")
-    critique = Critique(constitution=str(mine), critic=Rules())
-    before = critique.identity()
+    before = Critique(constitution=str(mine), critic=Rules()).identity()
     mine.write_text(f"principles: [{row % 'other'}]")
-    assert critique.identity() != before
+    assert Critique(constitution=str(mine), critic=Rules()).identity() != before
     assert Critique(cache="x").identity() == Critique().identity() != Critique(seed=1).identity()
     assert json.dumps(before)  # it becomes part of a fingerprint
 
@@ -294,13 +293,8 @@ def test_the_command_line_refuses(refused: Any, overrides: list[str], fragments:
 
 
 def test_sft_on_revisions_is_better_than_on_demonstrations(tmp_path: Path) -> None:
-    small = ["data.demonstrations=600", "sft.steps=60", "sft.batch=32", "sft.micro_batch=32"]
-    asked = [
-        *small,
-        "critique.prompts=120",
-        "judge@critique.critic=rules",
-        f"artifacts={tmp_path / 'artifacts'}",
-    ]
+    small = ["data.demonstrations=1500", "sft.steps=120"]
+    asked = [*small, "critique.prompts=400", "judge@critique.critic=rules", f"artifacts={tmp_path / 'artifacts'}"]
     assert inside(tmp_path / "0", "stages=[critique,sft]", *asked) == 0
     (revisions,) = (tmp_path / "artifacts" / "critique").glob("revisions-*")
     verify(revisions)
