@@ -111,19 +111,25 @@ class Preferences:
         asked = 0
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
-            while len(found) < wanted and asked < 4 * wanted:
+            while len(found) < wanted and asked < 4 * wanted and not labeller.finished():
                 spare = 0 if labeller.dear else 32
                 batch = [rng.choice(prompts) for _ in range(min(512, wanted - len(found) + spare))]
                 completions = policy.sample(batch, 2).completions
                 found += labelled(batch, completions, labeller, ties=self.ties)
                 asked += len(batch)
+        if labeller.finished() and len(found) >= 3:
+            wanted = min(wanted, len(found))
         if len(found) < wanted:
             raise ValueError(
                 f"only {len(found)} of {wanted} preference pairs survived: of {asked} sampled "
                 "pairs the others were equal texts or ties, or the labeller could not say. "
                 "Lower preferences.pairs, or let the policy vary more (policy.temperature)"
             )
-        return found[: self.pairs], found[self.pairs : wanted], asked - len(found)
+        train = self.pairs
+        if wanted < self.pairs + self.evaluation_pairs:  # shared out in proportion
+            train = min(max(1, wanted * train // (train + self.evaluation_pairs)), wanted - 2)
+            logger.warning("labelling was finished with %d pairs, which must do", wanted)
+        return found[:train], found[train:wanted], asked - len(found)
 
 
 def ask(labeller: Any, prompts: list[str], left: list[str], right: list[str]) -> Tensor:
