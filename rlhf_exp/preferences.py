@@ -117,18 +117,16 @@ class Preferences:
                 completions = policy.sample(batch, 2).completions
                 found += labelled(batch, completions, labeller, ties=self.ties)
                 asked += len(batch)
-        if labeller.finished() and len(found) >= 3:
-            wanted = min(wanted, len(found))
-        if len(found) < wanted:
+        train = self.pairs
+        if len(found) < wanted and labeller.finished() and len(found) > 2:  # these must do
+            logger.warning("labelling was finished with %d of %d pairs", len(found), wanted)
+            train = min(max(1, len(found) * train // wanted), len(found) - 2)
+        elif len(found) < wanted:
             raise ValueError(
                 f"only {len(found)} of {wanted} preference pairs survived: of {asked} sampled "
                 "pairs the others were equal texts or ties, or the labeller could not say. "
                 "Lower preferences.pairs, or let the policy vary more (policy.temperature)"
             )
-        train = self.pairs
-        if wanted < self.pairs + self.evaluation_pairs:  # shared out in proportion
-            train = min(max(1, wanted * train // (train + self.evaluation_pairs)), wanted - 2)
-            logger.warning("labelling was finished with %d pairs, which must do", wanted)
         return found[:train], found[train:wanted], asked - len(found)
 
 

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from rlhf_exp.artifacts import write_text
-from rlhf_exp.labellers.person.desk import CHOICES, Closed, Desk, shown
+from rlhf_exp.labellers.person.desk import Closed, Desk, shown
 
 logger = logging.getLogger(__name__)
 

@@ -2,7 +2,8 @@
 each one taken back.
 
 A label is found again by the content of its pair, so a run that starts again asks only what nobody
-has answered yet. Runs may share a file, and files may be joined: a row that comes twice counts once.
+has answered yet. Runs may share a file, and files may be joined: a row that comes twice counts
+once.
 """
 
 import hashlib
@@ -66,7 +67,7 @@ def last_of_each(labels: Sequence[Label]) -> dict[str, Label]:
 
 
 def combined(labels: Sequence[Label], text: str) -> float:
-    """P(`text` is better): the mean of the last label of each person who said; NaN if nobody did."""
+    """P(`text` is better): the mean of the last labels of those who said; NaN if nobody did."""
     said = [p for label in last_of_each(labels).values() if (p := label.of(text)) is not None]
     return sum(said) / len(said) if said else float("nan")
 

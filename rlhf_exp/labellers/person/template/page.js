@@ -87,8 +87,9 @@ function show() {
   at("finish").disabled = gone || !state || !state.asking;
   if (!state && !gone) return;
   if (!next) {
-    const rest = gone ? "gone" : state.finished ? "finished" : state.asking ? "mine" : "waiting";
-    if (rest !== "mine" || busy === 0) [at("what").textContent, at("why").textContent] = REST[rest];
+    const mine = state && state.asking && state.done < state.asked;
+    const rest = gone ? "gone" : state.finished ? "finished" : mine ? "mine" : "waiting";
+    if (gone || busy <= 1) [at("what").textContent, at("why").textContent] = REST[rest];
   }
   if (state) progress();
 }
