@@ -199,7 +199,7 @@ from pathlib import Path
 from rlhf_exp.labellers.person.desk import Desk
 from rlhf_exp.labellers.person.store import Store
 desk = Desk(Store(Path(sys.argv[1])))
-desk.ask([(f"p{i}", "a", "b") for i in range(100_000)][:2000])
+desk.ask([(f"p{i}", "a", "b") for i in range(2000)])
 while True:
     (question,) = desk.take("ada")
     desk.label(question, "left", who="ada", id=question.key)
@@ -207,6 +207,7 @@ while True:
 """
 
 
+@pytest.mark.slow
 def test_kill_9_while_labels_come_in_loses_and_doubles_none(tmp_path: Path) -> None:
     file, told = tmp_path / "person.jsonl", []
     for _ in range(2):
@@ -345,7 +346,7 @@ def test_impossible_settings_are_refused(settings: dict[str, Any], message: str)
 
 
 def person(folder: Path, **settings: Any) -> Person:
-    given = {"file": str(folder / "person.jsonl"), "folder": str(folder / "queue")}
+    given: dict[str, Any] = {"file": str(folder / "person.jsonl"), "folder": str(folder / "queue")}
     return Person(**(given | settings))
 
 
@@ -399,7 +400,7 @@ def test_typed_keys_label_in_the_terminal(tmp_path: Path, monkeypatch, capsys) -
         keys = b"1?2u0s"  # ? means nothing; 2 is taken back
 
         def write() -> None:  # what was typed before something is shown does not count
-            wait_for(lambda: labeller.desk.in_hand)
+            wait_for(lambda: labeller.desk and labeller.desk.in_hand)
             time.sleep(0.1)
             os.write(typed, keys)
 

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Self
 
 import pytest
 
@@ -29,7 +30,8 @@ RUN = (
     "preferences.pairs=6",
     "preferences.evaluation_pairs=2",
     "preferences.noise_rate=0",
-    "labeller.port=0",
+    "sft.steps=2",
+    "data.demonstrations=200",
 )
 
 
@@ -43,20 +45,26 @@ class Command:
     """`python -m rlhf_exp` that waits for people."""
 
     def __init__(self, cwd: Path) -> None:
+        self.said: list[str] = []
         self.process = subprocess.Popen(
             command(*RUN, "hydra.run.dir=run"), cwd=cwd, env=environment(),
             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
-        self.said: list[str] = []
         self.reader = threading.Thread(target=self._read)
         self.reader.start()
 
     def _read(self) -> None:
         assert self.process.stderr is not None
         with self.process.stderr as lines:
-            self.said += []
-            for line in lines:
+            for line in lines:  # as they come
                 self.said.append(line)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
 
     def url(self) -> str:
         """The address it prints."""
@@ -97,37 +105,37 @@ def saved(count: int) -> str:
 def test_a_command_is_labelled_by_keys_is_interrupted_and_goes_on(
     browser: Chromium, tmp_path: Path
 ) -> None:
-    first = Command(tmp_path)
-    url = first.url()
-    arrive(browser, url)
-    asked = browser.js("[...document.querySelectorAll('#pair .text')].map(e => e.textContent)")
-    press_until(browser, "1", saved(1))
-    press_until(browser, "2", saved(2))
-    press_until(browser, "u", saved(1))
-    press_until(browser, "1", saved(2))
-    press_until(browser, "s", saved(3))
-    first.process.send_signal(signal.SIGINT)
-    code, said = first.end()
-    assert code == 130, said
-    assert "interrupted" in said
-    browser.until("document.getElementById('what').textContent === 'The run does not answer'")
+    with Command(tmp_path) as first:
+        url = first.url()
+        arrive(browser, url)
+        asked = browser.js("[...document.querySelectorAll('#pair .text')].map(e => e.textContent)")
+        press_until(browser, "1", saved(1))
+        press_until(browser, "2", saved(2))
+        press_until(browser, "u", saved(1))
+        press_until(browser, "1", saved(2))
+        press_until(browser, "s", saved(3))
+        first.process.send_signal(signal.SIGINT)
+        code, said = first.end()
+        assert code == 130, said
+        assert "interrupted" in said
+        browser.until("document.getElementById('what').textContent === 'The run does not answer'")
     labels = rows(tmp_path / "artifacts" / "labels" / "person.jsonl")
     assert [row.get("probability", "undo") for row in labels] == [1.0, 0.0, "undo", 1.0, None]
     assert [labels[0][name] for name in ("prompt", "left", "right")] == asked
     assert labels[0]["who"] == "Ada"
     assert not list((tmp_path / "artifacts" / "preferences").glob("pairs-*"))
 
-    second = Command(tmp_path)
-    browser("Page.navigate", url=second.url())  # the browser knows who it is
-    browser.until("state && state.asked === 8 && state.done === 3")
-    for done in range(4, 8):
-        press_until(browser, "12"[done % 2], saved(done))
-    browser.press("1")
-    browser.until("state && state.asked === 1")  # in place of the one that was skipped
-    browser.until("!document.getElementById('pair').hidden")
-    browser.press("2")
-    code, said = second.end()
-    assert code == 0, said
+    with Command(tmp_path) as second:
+        browser("Page.navigate", url=second.url())  # the browser knows who it is
+        browser.until("state && state.asked === 8 && state.done === 3")
+        for done in range(4, 8):
+            press_until(browser, "12"[done % 2], saved(done))
+        browser.press("1")
+        browser.until("state && state.asked === 1")  # in place of the one that was skipped
+        browser.until("!document.getElementById('pair').hidden")
+        browser.press("2")
+        code, said = second.end()
+        assert code == 0, said
     (folder,) = (tmp_path / "artifacts" / "preferences").glob("pairs-*")
     assert [len(rows(folder / f"{name}.jsonl")) for name in ("train", "evaluation")] == [6, 2]
     told = json.loads((folder / "labels.json").read_text())
@@ -140,6 +148,7 @@ def test_a_command_is_labelled_by_keys_is_interrupted_and_goes_on(
     assert "http" not in log
 
 
+FITS = "document.documentElement.scrollWidth <= innerWidth"
 HOSTILE = "<img src=x onerror=window.hit=1></script><script>window.hit=2</script>"
 REVIEW = (
     "It begins quietly, in a kitchen, and never raises its voice. The two leads are patient with "
@@ -174,14 +183,13 @@ def test_texts_of_models_are_inert_and_the_page_fits_every_screen(
         }.items():
             browser.look(*size[:2], dark=size[2], phone=size[3])
             browser.picture(pictures / f"{name}.png")
-            wide = "document.documentElement.scrollWidth <= innerWidth"
-            assert browser.js(wide), name
+            assert browser.js(FITS), name
         press_until(browser, "0", saved(1))
         assert browser.js("document.getElementById('prompt').textContent") == HOSTILE
         assert browser.js("document.querySelectorAll('main img, main script').length") == 0
         browser.picture(pictures / "toast.png")
         press_until(browser, "s", saved(2))
-        assert browser.js(wide), "a long word breaks"
+        assert browser.js(FITS), "a long word breaks"
         assert browser.js("window.hit === undefined")
         browser.press("Tab")
         assert browser.js("document.activeElement.matches(':focus-visible')")

@@ -22,7 +22,7 @@ def summary(pairs: Sequence[Sequence[Label]]) -> dict[str, float]:
     seconds = [label.seconds for label in labels if label.seconds is not None]
     couples = [couple for pair in pairs for couple in _couples(pair)]
     by = Counter(label.who for label in labels)
-    found = {
+    found: dict[str, float] = {
         "labels": len(labels),
         "labellers": len(by),
         "ties": sum(label.probability == 0.5 for label in labels),
@@ -35,7 +35,7 @@ def summary(pairs: Sequence[Sequence[Label]]) -> dict[str, float]:
         found["left_chosen"] = sum(chosen) / len(chosen)
     if seconds:
         found["seconds_per_label"] = median(seconds)
-    return found | {f"labels_by/{who}": count for who, count in sorted(by.items())}
+    return found | {f"labels_by/{who}": float(n) for who, n in sorted(by.items())}
 
 
 def _said(pair: Sequence[Label]) -> set[float]:
