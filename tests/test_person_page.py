@@ -30,6 +30,7 @@ RUN = (
     "preferences.pairs=6",
     "preferences.evaluation_pairs=2",
     "preferences.noise_rate=0",
+    "hydra.run.dir=run",
     "sft.steps=2",
     "data.demonstrations=200",
 )
@@ -44,10 +45,10 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
 class Command:
     """`python -m rlhf_exp` that waits for people."""
 
-    def __init__(self, cwd: Path) -> None:
+    def __init__(self, cwd: Path, *arguments: str) -> None:
         self.said: list[str] = []
         self.process = subprocess.Popen(
-            command(*RUN, "hydra.run.dir=run"), cwd=cwd, env=environment(),
+            command(*arguments), cwd=cwd, env=environment(),
             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
         self.reader = threading.Thread(target=self._read)
@@ -105,7 +106,7 @@ def saved(count: int) -> str:
 def test_a_command_is_labelled_by_keys_is_interrupted_and_goes_on(
     browser: Chromium, tmp_path: Path
 ) -> None:
-    with Command(tmp_path) as first:
+    with Command(tmp_path, *RUN) as first:
         url = first.url()
         arrive(browser, url)
         asked = browser.js("[...document.querySelectorAll('#pair .text')].map(e => e.textContent)")
@@ -125,9 +126,9 @@ def test_a_command_is_labelled_by_keys_is_interrupted_and_goes_on(
     assert labels[0]["who"] == "Ada"
     assert not list((tmp_path / "artifacts" / "preferences").glob("pairs-*"))
 
-    with Command(tmp_path) as second:
+    with Command(tmp_path, "resume=run") as second:
         browser("Page.navigate", url=second.url())  # the browser knows who it is
-        browser.until("state && state.asked === 8 && state.done === 3")
+        browser.until("typeof state === 'object' && state?.asked === 8 && state.done === 3")
         for done in range(4, 8):
             press_until(browser, "12"[done % 2], saved(done))
         browser.press("1")

@@ -175,7 +175,8 @@ class Page:
         import uvicorn
 
         token, listener = secrets.token_urlsafe(24), self._bound()
-        where = f"[{self.host}]" if ":" in self.host else self.host
+        where = socket.gethostname() if self.host in ("0.0.0.0", "::") else self.host
+        where = f"[{where}]" if ":" in where else where
         self.url = f"http://{where}:{listener.getsockname()[1]}/{token}/"
         config = uvicorn.Config(
             application(desk, token, self.host),
