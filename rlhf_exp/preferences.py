@@ -111,19 +111,23 @@ class Preferences:
         asked = 0
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
-            while len(found) < wanted and asked < 4 * wanted:
+            while len(found) < wanted and asked < 4 * wanted and not labeller.finished():
                 spare = 0 if labeller.dear else 32
                 batch = [rng.choice(prompts) for _ in range(min(512, wanted - len(found) + spare))]
                 completions = policy.sample(batch, 2).completions
                 found += labelled(batch, completions, labeller, ties=self.ties)
                 asked += len(batch)
-        if len(found) < wanted:
+        train = self.pairs
+        if len(found) < wanted and labeller.finished() and len(found) > 2:  # these must do
+            logger.warning("labelling was finished with %d of %d pairs", len(found), wanted)
+            train = min(max(1, len(found) * train // wanted), len(found) - 2)
+        elif len(found) < wanted:
             raise ValueError(
                 f"only {len(found)} of {wanted} preference pairs survived: of {asked} sampled "
                 "pairs the others were equal texts or ties, or the labeller could not say. "
                 "Lower preferences.pairs, or let the policy vary more (policy.temperature)"
             )
-        return found[: self.pairs], found[self.pairs : wanted], asked - len(found)
+        return found[:train], found[train:wanted], asked - len(found)
 
 
 def ask(labeller: Any, prompts: list[str], left: list[str], right: list[str]) -> Tensor:

@@ -35,6 +35,10 @@ class Labeller(Protocol):
         """P(left is better) [n] in [0, 1], on the CPU; NaN where it cannot say."""
         ...
 
+    def finished(self) -> bool:
+        """Whether somebody has asked it to say no more: what it has said must do."""
+        return False
+
     def report(self) -> dict[str, float]:
         """What is worth knowing of the labels given since it was built, by name."""
         return {}

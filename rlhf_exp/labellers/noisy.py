@@ -53,6 +53,9 @@ class Noisy(Labeller):
         drawn = torch.tensor([self._draw(*row) for row in zip(prompts, left, right, strict=True)])
         return torch.where(drawn < self.rate, 1 - said, said)
 
+    def finished(self) -> bool:
+        return self.labeller.finished()
+
     def report(self) -> dict[str, float]:
         return self.labeller.report()
 
