@@ -295,7 +295,12 @@ def test_the_command_line_refuses(refused: Any, overrides: list[str], fragments:
 
 def test_sft_on_revisions_is_better_than_on_demonstrations(tmp_path: Path) -> None:
     small = ["data.demonstrations=1500", "sft.steps=120", "critique.helpful=0"]
-    asked = [*small, "critique.prompts=400", "judge@critique.critic=rules", f"artifacts={tmp_path / 'artifacts'}"]
+    asked = [
+        *small,
+        "critique.prompts=400",
+        "judge@critique.critic=rules",
+        f"artifacts={tmp_path / 'artifacts'}",
+    ]
     assert inside(tmp_path / "0", "stages=[critique,sft]", *asked) == 0
     (revisions,) = (tmp_path / "artifacts" / "critique").glob("revisions-*")
     verify(revisions)
