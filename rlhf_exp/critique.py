@@ -131,7 +131,7 @@ class Critique:
         if self.critic is not None:
             judge = type(self.critic)
             critic = [f"{judge.__module__}.{judge.__qualname__}", self.critic.identity()]
-        return settings | {"constitution": list(map(asdict, self.principles)), "critic": critic}
+        return settings | {"constitution": [asdict(p) for p in self.principles], "critic": critic}
 
     # ---- the stage
 
