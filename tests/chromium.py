@@ -85,7 +85,8 @@ class Chromium:
         self("Emulation.setEmulatedMedia", features=[scheme])
 
     def picture(self, path: Path) -> None:
-        """Write what is seen as PNG."""
+        """Write what is seen as PNG, once nothing moves."""
+        self.until("document.getAnimations().length === 0")
         path.write_bytes(base64.b64decode(self("Page.captureScreenshot", format="png")["data"]))
 
     def close(self) -> None:

@@ -178,8 +178,8 @@ def test_texts_of_models_are_inert_and_the_page_fits_every_screen(
         arrive(browser, labeller.ask.url)
         pictures = Path(os.environ.get("PICTURES", tmp_path))
         for name, size in {
-            "light": (1200, 720, False, False),
-            "dark": (1200, 720, True, False),
+            "light": (1200, 600, False, False),
+            "dark": (1200, 600, True, False),
             "phone": (390, 844, False, True),
         }.items():
             browser.look(*size[:2], dark=size[2], phone=size[3])
