@@ -8,7 +8,8 @@ constitution, for the stage `sft` to learn from (Bai et al. 2022, arXiv 2212.080
 A policy answers training prompts; a critic, by default the same policy, finds fault by a principle
 drawn at random and writes the answer anew, round after round. The base policy is then fine-tuned on
 the revisions of all rounds and some of the data's own demonstrations. Where a reply cannot be used,
-the text stays as it was, is counted, and is not learned from.
+the text stays as it was, is counted, and is not learned from. Runs whose stages name no critique
+start from the demonstrations alone.
 
 Left out: red-team prompts written by a model.
 """

@@ -73,6 +73,7 @@ class Parts:
         trains = aligned or tuned
         precision.check(self.policy, self.hardware, trains=trains)
         self.device = self.hardware.place()
+        self.asks_labeller = False  # until it does
         self.hardware.alone()  # until align
         self.fitting = Fitting(
             store=self.store,
@@ -80,7 +81,7 @@ class Parts:
             trained=self.policy,
             pairs=lambda: self.pairs,
             policy=lambda: self.start,
-            samples=self._start_samples,
+            samples=lambda: self._samples_of(self.start),
             device=self.device,
             scoring=bool({"generate", "align", "evaluate"} & set(config["stages"])),
         )
@@ -92,7 +93,8 @@ class Parts:
         if "critique" in config["stages"]:
             critique.check_order(config["stages"])
             self.critique.check(self.policy)
-        self.labeller.check()
+        if {"preferences", "reward", "align"} & set(config["stages"]):
+            self.labeller.check()
         if self.fits_later:
             self.algo.check_reward(self.reward, self.labeller)
         self.gold.check(self.fitting)
@@ -173,7 +175,8 @@ class Parts:
             gold = None
             if not self.gold.learns_from_pairs:  # which would be of the policy that is to come
                 gold = self.gold
-                gold.fit(replace(self.fitting, policy=lambda: source))
+                of_source = {"policy": lambda: source, "samples": lambda: self._samples_of(source)}
+                gold.fit(replace(self.fitting, **of_source))
                 gold.load(self.device)
             self.policy.load(source, device=self.device)
             cache = self.store.root / "critique" / "replies.jsonl"
@@ -188,7 +191,7 @@ class Parts:
         spec = {
             "version": __version__,
             "data": self.data_spec,
-            "labeller": self.config["labeller"] | self.labeller.identity(),
+            "labeller": decided(self.config["labeller"], self.labeller.identity()),
             "gold": self.config["gold"] if sampled else None,
         }
         spec |= {"preferences": self.config["preferences"]}
@@ -211,6 +214,7 @@ class Parts:
 
     def loaded_labeller(self) -> Any:
         """The labeller, ready to be asked."""
+        self.asks_labeller = True
         self.labeller.open(self.directory)
         self.labeller.load(self.gold, self.device)
         return self.labeller
@@ -236,14 +240,23 @@ class Parts:
             "sampling": {k: self.config["policy"][k] for k in sampling},
         }
 
-    def _start_samples(self) -> list[tuple[str, str]]:
-        """Held-out prompts with completions of the start policy, for score statistics."""
-        start = self.start
+    def _samples_of(self, source: Path | str) -> list[tuple[str, str]]:
+        """Held-out prompts with completions of the policy `source`, for score statistics."""
 
         def draw() -> list[tuple[str, str]]:
-            self.policy.load(start, device=self.device)
+            self.policy.load(source, device=self.device)
             seed_everything(self.settings.seed)
             rollouts = self.policy.sample(self.data.held_out[:512])
             return list(zip(rollouts.prompts, rollouts.completions, strict=True))
 
         return processes.first(draw)
+
+
+def decided(labeller: dict[str, Any], identity: dict[str, Any]) -> dict[str, Any]:
+    """What decides the labels, from the settings of a labeller and its `identity`; one may hold
+    another, as `noisy` does.
+    """
+    found = labeller | identity
+    if "labeller" in identity:
+        found["labeller"] = decided(labeller["labeller"], identity["labeller"])
+    return found

@@ -47,6 +47,12 @@ class Stages(Parts):
                     f"{self.directory} was interrupted, and its algorithm trains nothing: continue "
                     f"it with resume={self.directory}"
                 )
+            self.checkpoints.open(self.directory)
+            if self.checkpoints.latest() is None:
+                raise ValueError(
+                    f"{self.directory} has no checkpoint to evaluate: continue it with resume="
+                    f"{self.directory}"
+                )
             self.run_reward()
             with frozen.placed(self.hardware.frozen):
                 self._align(Look)
@@ -226,10 +232,12 @@ class Stages(Parts):
             print(self.evaluation.harness.as_text(**benchmarks))
 
     def _labels(self) -> dict[str, float]:
-        """What is known of the labels of the run's preference pairs."""
-        made = [Path(p) for p in self.store.used if Path(p).parent.name == "preferences"]
-        files = [p / "labels.json" for p in made if (p / "labels.json").exists()]
-        return json.loads(files[-1].read_text()) if files else {}
+        """What is known of the labels that the run asked for, or of those of its pairs."""
+        pairs = [Path(p) for p in self.store.used if Path(p).parent.name == "preferences"]
+        for folder in (self.directory, *pairs):
+            if (folder / "labels.json").exists():
+                return json.loads((folder / "labels.json").read_text())
+        return self.labeller.report() if self.asks_labeller else {}
 
     def _benchmarks(self) -> dict[str, Any] | None:
         """Of the start policy, made once, and of the one that this run has trained, with the prefix

@@ -170,14 +170,10 @@ class Look(Trial):
     """A trial that only looks: the newest checkpoint is evaluated, if it was not before."""
 
     def begin(self, policy: Policy, algorithm: Any, steps: int) -> int:
-        """Raises Looked; ValueError if there is no checkpoint."""
+        """Raises Looked."""
         self.steps, self.sampler = steps, policy.sampler
         found = self.checkpoints.latest()
-        if found is None:
-            raise ValueError(
-                f"{self.directory} has no checkpoint to evaluate: continue it with resume="
-                f"{self.directory}"
-            )
+        assert found is not None, "who looks has seen that there is a checkpoint"
         step, state = found
         if not self.evaluator.written(step):
             self._restore(policy, algorithm, state)

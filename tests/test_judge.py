@@ -18,6 +18,7 @@ from judge_standin import KEY, Answer, Server, said, token
 from lab import Vowels
 from runs import inside, rows, says, the_error
 
+from rlhf_exp.artifacts import fingerprint
 from rlhf_exp.config import build, check, conf_directory, resolved
 from rlhf_exp.constitution import Principle
 from rlhf_exp.feedback import Judge, Question
@@ -26,7 +27,9 @@ from rlhf_exp.feedback.fences import harmless
 from rlhf_exp.feedback.options import UNSAID, of_tokens, of_words
 from rlhf_exp.feedback.rules import Rules
 from rlhf_exp.labellers.judge import FromJudge, choice, same_position, soft_label
+from rlhf_exp.labellers.noisy import Noisy
 from rlhf_exp.labellers.self_preference import self_preference
+from rlhf_exp.parts import decided
 
 pytest_plugins = ["runs_fixtures", "judge_fixtures"]
 
@@ -284,6 +287,28 @@ def test_what_decides_labels_is_in_the_identity(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------- poisoned texts
 
 RULE = Principle("kind", "Which is kind?", "-", "-")
+
+
+def test_settings_decide_where_a_judge_names_nothing_else() -> None:
+    """Rules have no weights; an endpoint's patience decides nothing."""
+    found = []
+    for judge in (Rules(), Rules(position_bias=0.1), Rules(rules="lexicon")):
+        settings = {"judge": vars(judge), "cache": "here"}
+        found.append(fingerprint(decided(settings, FromJudge(judge=judge).identity())))
+    assert len(set(found)) == 3
+    impatient, patient = (OpenAI(model="m", timeout=t) for t in (1.0, 60.0))
+    same = [
+        fingerprint(decided({"judge": {"timeout": j.timeout}}, FromJudge(judge=j).identity()))
+        for j in (impatient, patient)
+    ]
+    assert same[0] == same[1]
+
+
+def test_what_decides_is_found_within_noise(tmp_path: Path) -> None:
+    noisy = [Noisy(labeller=FromJudge(judge=Rules(), cache=str(tmp_path / c))) for c in "ab"]
+    told = [decided({"labeller": {"cache": n.labeller.cache}}, n.identity()) for n in noisy]
+    assert told[0] == told[1]
+    assert "constitution" in told[0]["labeller"]
 
 
 @pytest.mark.parametrize(

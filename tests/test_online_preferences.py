@@ -21,6 +21,7 @@ from rlhf_exp.algorithms.online_preferences import (
 from rlhf_exp.algorithms.ppo import PPO
 from rlhf_exp.algorithms.sft import SFT
 from rlhf_exp.labellers import Labeller
+from rlhf_exp.rewards import Reward
 from rlhf_exp.rewards.refitting import resampled, tuned
 
 pytest_plugins = ["runs_fixtures"]
@@ -61,6 +62,13 @@ def test_a_resample_leaves_out_about_one_in_e(bootstrap: bool) -> None:
     assert not set(drawn) & set(left)
     assert len(left) / 2000 == pytest.approx(1 / math.e, abs=0.03)
     assert (len(drawn) == 2000) == bootstrap  # with replacement, as many as there are
+
+
+def test_a_resample_always_leaves_something_to_judge_by() -> None:
+    for seed in range(2000):
+        drawn, left = resampled(8, random.Random(seed), bootstrap=True)
+        assert len(left) >= 2
+        assert len(drawn) == 8
 
 
 def test_weight_decay_follows_the_ratio_of_the_losses() -> None:
@@ -125,6 +133,9 @@ class Letters:
 class Alphabet(Labeller):
     """Prefers what comes earlier; knows nothing of e; calls a and b a tie."""
 
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, str, str]] = []
+
     def __call__(self, prompts: list[str], left: list[str], right: list[str]) -> Tensor:
         self.asked = list(zip(prompts, left, right, strict=True))
         said = [
@@ -136,11 +147,14 @@ class Alphabet(Labeller):
 
 def asking(directory: Path, labels: int = 40, **settings: Any) -> OnlinePreferences:
     """An algorithm that is ready to ask, of members whose scores are known."""
-    algorithm = OnlinePreferences(learner=ppo(), labels=labels, first=1.0, **settings)
+    torch.manual_seed(0)
+    given = {"labels": labels, "first": 1.0, "candidates": 30} | settings
+    algorithm = OnlinePreferences(learner=ppo(), **given)
     algorithm.policy, algorithm.labeller = Letters(), Alphabet()  # type: ignore[assignment]
     algorithm.data = SimpleNamespace(prompts=["p", "q", "r", "s", "t"])  # type: ignore[assignment]
-    algorithm.trial = SimpleNamespace(directory=directory, seed=0)  # type: ignore[assignment]
-    algorithm.rows, algorithm.round, algorithm.asked = [], 0, 0
+    told = {"directory": directory, "seed": 0, "evaluator": SimpleNamespace(gold=None)}
+    algorithm.trial = SimpleNamespace(**told)  # type: ignore[assignment]
+    algorithm.rows, algorithm.unsaid, algorithm.round, algorithm.finished = [], [], 0, False
     return algorithm
 
 
@@ -172,18 +186,16 @@ def test_what_the_labeller_cannot_say_is_dropped_and_counted_and_ties_are_kept(
 
 
 def test_nothing_is_asked_twice(tmp_path: Path) -> None:
-    """Five prompts with ten pairs each: fifty questions, whatever is wanted, but for those that
-    the labeller could not answer.
-    """
+    """Five prompts with ten pairs each: fifty questions, whatever is wanted."""
     algorithm = asking(tmp_path)
     seen: list[Any] = []
     for number in range(3):
         algorithm.round = number
         algorithm._spread = lambda pairs: torch.zeros(len(pairs))  # type: ignore[method-assign]
+        algorithm.labeller.asked = []
         algorithm._ask(30, random.Random(number))
         seen += [(p, *sorted(pair)) for p, *pair in algorithm.labeller.asked]
-    answered = [cell for cell in seen if "e" not in cell]
-    assert len(answered) == len(set(answered)) == 30  # 5 prompts, 6 pairs of a to d
+    assert len(seen) == len(set(seen)) == 50
 
 
 def test_the_pairs_on_which_members_disagree_most_are_asked(tmp_path: Path) -> None:
@@ -191,9 +203,51 @@ def test_the_pairs_on_which_members_disagree_most_are_asked(tmp_path: Path) -> N
     found = algorithm._ask(8, random.Random(0))
     assert [pair[0] for pair in algorithm.labeller.asked].count("q") >= 7
     assert found["disagreement"] > found["disagreement_of_candidates"]
-    uniform = later(asking(tmp_path, pick="uniform"))
+    (tmp_path / "uniform").mkdir()
+    uniform = later(asking(tmp_path / "uniform", pick="uniform"))
     uniform._ask(8, random.Random(0))
     assert [pair[0] for pair in uniform.labeller.asked].count("q") < 6
+
+
+def test_what_was_about_to_be_asked_is_asked_after_an_interruption(tmp_path: Path) -> None:
+    """Although a policy may not say the same again."""
+    first = asking(tmp_path)
+    first._ask(20, random.Random(0))
+    again = asking(tmp_path)
+    torch.manual_seed(1)
+    again._ask(20, random.Random(1))
+    assert again.labeller.asked == first.labeller.asked
+    assert again.rows == first.rows
+
+
+def test_who_has_finished_is_not_asked_again(tmp_path: Path) -> None:
+    class Finishing(Alphabet):
+        def finished(self) -> bool:
+            return True
+
+    algorithm = later(asking(tmp_path))
+    algorithm.labeller = Finishing()
+    algorithm._ask(8, random.Random(0))
+    assert algorithm.finished
+    algorithm.round, labels = 2, len(algorithm.rows)
+    algorithm._ask(8, random.Random(0))
+    assert len(algorithm.rows) == labels
+
+
+def test_labels_of_a_run_tell_of_their_labeller(tmp_path: Path) -> None:
+    class Telling(Alphabet):
+        def report(self) -> dict[str, float]:
+            return {"same_position": 0.25}
+
+    class First(Reward):
+        def __call__(self, prompts: list[str], completions: list[str]) -> Tensor:
+            return torch.tensor([-float(ord(c)) for c in completions])
+
+    algorithm = asking(tmp_path)
+    algorithm.labeller, algorithm.trial.evaluator.gold = Telling(), First()
+    algorithm._ask(20, random.Random(0))
+    told = json.loads((tmp_path / "labels.json").read_text())
+    assert told == {"same_position": 0.25, "agreement_with_gold": 1.0}
 
 
 def test_too_few_answers_are_an_error(tmp_path: Path) -> None:

@@ -22,12 +22,13 @@ from torch import Tensor
 
 from rlhf_exp import processes
 from rlhf_exp.algorithms.online import Online
+from rlhf_exp.artifacts import write_json
 from rlhf_exp.checkpoints import random_state, set_random_state
 from rlhf_exp.choices import require
-from rlhf_exp.data.local import write_jsonl
-from rlhf_exp.data.rows import Dataset
+from rlhf_exp.data.local import read_jsonl, write_jsonl
+from rlhf_exp.data.rows import Dataset, Pair
 from rlhf_exp.policy import Policy, Rollouts
-from rlhf_exp.preferences import ask, ordered
+from rlhf_exp.preferences import agreement, ask, ordered
 from rlhf_exp.rewards import score
 from rlhf_exp.rewards.ensemble import Ensemble
 from rlhf_exp.rewards.pairwise import Pairwise
@@ -38,7 +39,9 @@ logger = logging.getLogger(__name__)
 
 FEWEST = 8  # labels that a member is fitted on, at the least
 
-Question = tuple[str, str, str]  # prompt, left, right
+Question = tuple[str, str, str]  # of SIDES
+SIDES = ("prompt", "left", "right")
+PARTS = ("prompt", "chosen", "rejected", "probability")  # of a label
 
 
 def disagreement(left: Tensor, right: Tensor) -> Tensor:
@@ -144,7 +147,9 @@ class OnlinePreferences(Online):
             weight_decay=self.weight_decay,
         )
         self.rows: list[dict[str, Any]] = []
-        self.round = self.asked = 0
+        self.unsaid: list[Question] = []  # what the labeller could not say
+        self.round = 0
+        self.finished = False  # whether the labeller is to be asked no more
         if trial.checkpoints.latest() is None:
             self._learn_reward()
         self.learner.setup(policy, reward, data, trial)
@@ -182,7 +187,7 @@ class OnlinePreferences(Online):
         return metrics
 
     def state(self) -> dict[str, Any]:
-        names = ("rows", "round", "asked")
+        names = ("rows", "unsaid", "round", "finished")
         return {"learner": self.learner.state(), **{n: getattr(self, n) for n in names}} | {
             "decay": self.refit.decay,
             "ratios": self.refit.ratios,
@@ -190,7 +195,8 @@ class OnlinePreferences(Online):
 
     def load_state(self, state: dict[str, Any]) -> None:
         """The members are found, or fitted again."""
-        self.rows, self.round, self.asked = state["rows"], state["round"], state["asked"]
+        self.rows, self.unsaid = state["rows"], [tuple(pair) for pair in state["unsaid"]]
+        self.round, self.finished = state["round"], state["finished"]
         self.refit.decay, self.refit.ratios = state["decay"], state["ratios"]
         self.refit(self.rows[-self.buffer :], self._seed(self.round - 1))
         self.learner.load_state(state["learner"])
@@ -216,41 +222,75 @@ class OnlinePreferences(Online):
         return {f"preferences/{name}": value for name, value in found.items()}
 
     def _ask(self, count: int, rng: random.Random) -> dict[str, float]:
-        """Put `count` of the candidates to the labeller, and remember what it can say."""
-        pairs = self._candidates(count * self.candidates, rng)
+        """Put `count` of the candidates to the labeller, and remember what it says."""
+        count = 0 if self.finished else count
+        pairs = self._candidates(count * (self.candidates if self._ranks else 2), rng)
         spread = self._spread(pairs)
         picked = list(range(len(pairs)))[:count]  # candidates come in random order
-        if self.pick == "disagreement" and self.round:
+        if self._ranks:
             picked = spread.argsort(descending=True, stable=True)[:count].tolist()
-        asked = [pairs[i] for i in picked]
-        prompts, left, right = ([pair[side] for pair in asked] for side in range(3))
-        said = ask(self.labeller, prompts, left, right).tolist()
-        for pair, ahead in zip(asked, said, strict=True):
-            if ahead == ahead:
-                self.rows.append(vars(ordered(*pair, ahead)) | {"round": self.round})
-        self.asked += len(asked)
-        self._check_rows()
-        if processes.main():
-            write_jsonl(self.trial.directory / "labels.jsonl", self.rows)
-        found = {"labels": float(len(self.rows)), "cannot_say": float(self.asked - len(self.rows))}
-        if self.round and picked:
+        self._label(self._kept([pairs[i] for i in picked]))
+        found = {"labels": float(len(self.rows)), "cannot_say": float(len(self.unsaid))}
+        if self._ranks and picked:
             found["disagreement"] = float(spread[picked].mean())
             found["disagreement_of_candidates"] = float(spread.mean())
         return found
 
-    def _check_rows(self) -> None:
+    @property
+    def _ranks(self) -> bool:
+        """Whether the members, fitted by now, say what is asked."""
+        return self.pick == "disagreement" and self.round > 0
+
+    def _kept(self, pairs: list[Question]) -> list[Question]:
+        """`pairs`, or those that this round was about to ask when the run was interrupted, of which
+        some may have been answered: on a GPU a policy does not say the same again.
+        """
+        path = self.trial.directory / "questions" / f"round-{self.round}.jsonl"
+
+        def kept() -> list[Question]:
+            if not path.exists():
+                rows = [dict(zip(SIDES, pair, strict=True)) for pair in pairs]
+                path.parent.mkdir(exist_ok=True)
+                write_jsonl(path, rows)
+            rows = read_jsonl(path) if path.stat().st_size else []
+            return [(row["prompt"], row["left"], row["right"]) for row in rows]
+
+        return processes.first(kept)
+
+    def _label(self, pairs: list[Question]) -> None:
+        """Ask about `pairs`; ValueError if there are too few labels to learn from."""
+        prompts, left, right = ([pair[side] for pair in pairs] for side in range(3))
+        said = ask(self.labeller, prompts, left, right).tolist()
+        for pair, ahead in zip(pairs, said, strict=True):
+            if ahead == ahead:
+                self.rows.append(vars(ordered(*pair, ahead)) | {"round": self.round})
+            else:
+                self.unsaid.append(pair)
+        self.finished = processes.agreed(self.labeller.finished())
         if len(self.rows) < FEWEST:
             raise ValueError(
-                f"only {len(self.rows)} labels came of {self.asked} pairs that the labeller was "
-                f"asked about, and a reward model takes {FEWEST}: raise algo.labels or "
-                "algo.candidates, or let the policy vary more (policy.temperature)"
+                f"only {len(self.rows)} labels came of {len(self.rows) + len(self.unsaid)} pairs "
+                f"that the labeller was asked about, and a reward model takes {FEWEST}: answer "
+                "more of them, raise algo.labels, or let the policy vary more (policy.temperature)"
             )
+        self._tell()
+
+    def _tell(self) -> None:
+        """labels.jsonl, and in labels.json what the labeller and the gold tell of them."""
+        pairs = [Pair(**{k: row[k] for k in PARTS}) for row in self.rows]
+        gold = None if self.labeller.asks_gold else self.trial.evaluator.gold
+        found = agreement(pairs, gold)
+        if processes.main():
+            write_jsonl(self.trial.directory / "labels.jsonl", self.rows)
+            if told := self.labeller.report() | found:
+                write_json(self.trial.directory / "labels.json", told)
 
     def _candidates(self, count: int, rng: random.Random) -> list[Question]:
         """Pairs of the policy as it is, no two texts the same, none asked about before."""
         prompts = [rng.choice(self.data.prompts) for _ in range(count)]
         completions = self.policy.sample(prompts, 2).completions
         known = {_cell(r["prompt"], r["chosen"], r["rejected"]) for r in self.rows}
+        known |= {_cell(*pair) for pair in self.unsaid}
         found: list[Question] = []
         for pair in zip(prompts, completions[::2], completions[1::2], strict=True):
             if pair[1] != pair[2] and _cell(*pair) not in known:
@@ -259,8 +299,8 @@ class OnlinePreferences(Online):
         return found
 
     def _spread(self, pairs: list[Question]) -> Tensor:
-        """How much the members disagree on each pair [n]; 0 before they are fitted."""
-        if not self.round or not pairs:
+        """How much the members disagree on each pair [n]; 0 where nobody wants to know."""
+        if not self._ranks or not pairs:
             return torch.zeros(len(pairs))
         prompts, left, right = ([pair[side] for pair in pairs] for side in range(3))
         return disagreement(self._log_odds(prompts, left), self._log_odds(prompts, right))

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from rlhf_exp import web
+from rlhf_exp import processes, web
 from rlhf_exp.feedback import Judge, Question
 from rlhf_exp.feedback.options import TOP, of_tokens, of_words
 from rlhf_exp.web import Failure
@@ -25,7 +25,7 @@ class _Pace:
     """When the next request may start, agreed on by all threads."""
 
     def __init__(self, per_minute: float | None) -> None:
-        self.gap = 60 / per_minute if per_minute else 0.0
+        self.gap = 60 / per_minute * processes.count() if per_minute else 0.0
         self.next, self.lock = 0.0, threading.Lock()
 
     def slot(self) -> float:
@@ -59,8 +59,8 @@ class OpenAI(Judge):
     # more fields of the request; null removes one, as in {max_tokens: null}
     body: dict[str, Any] = field(default_factory=dict)
     timeout: float = 60.0  # seconds without a byte before a request has failed
-    concurrency: int = 8  # requests at a time
-    per_minute: float | None = None  # requests at most; null: no limit
+    concurrency: int = 8  # requests at a time, of all processes of the run
+    per_minute: float | None = None  # requests at most, of all of them; null: no limit
     requests: int = 5  # for one question, before it is given up
     backoff: float = 1.0  # seconds before the second one, doubled before each further one
     longest_wait: float = 120.0  # a server that asks for more is not waited for
@@ -117,7 +117,7 @@ class OpenAI(Judge):
         """Position of each request and what `read` makes of the answer, as they come."""
         self._down = ""
         self._stop.clear()
-        with ThreadPoolExecutor(self.concurrency) as pool:
+        with ThreadPoolExecutor(max(1, self.concurrency // processes.count())) as pool:
             asked = {pool.submit(self._ask, body, read): i for i, body in enumerate(bodies)}
             try:
                 for reply in as_completed(asked):

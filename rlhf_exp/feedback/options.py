@@ -24,7 +24,7 @@ def of_words(said: str, options: Sequence[str]) -> list[float] | None:
 
 def of_tokens(tokens: Sequence[dict[str, Any]], options: Sequence[str]) -> list[float] | None:
     """Log-probabilities from `logprobs.content` of a chat completion: tokens of the reply, each
-    with its `top_logprobs`. None if the reply does not begin with an option.
+    with its `top_logprobs`. None if the first word of the reply is no option.
 
     An option that is not among the alternatives of the first token has at most the probability of
     the last of them, and at most what all leave: the smaller of the two is taken for its own. One
@@ -33,6 +33,9 @@ def of_tokens(tokens: Sequence[dict[str, Any]], options: Sequence[str]) -> list[
     tokens = list(dropwhile(lambda t: not t["token"].strip(), tokens))
     said = tokens[0]["token"].strip() if tokens else ""
     if not said or not any(option.startswith(said) for option in options):
+        return None
+    word = "".join(t["token"] for t in tokens).split()[0]  # such as 10, in two tokens
+    if word.isalnum() and not any(option.startswith(word) for option in options):
         return None
     shares = _merged(tokens[0])
     floor = min(min(shares.values()), 1 - sum(shares.values()))

@@ -19,7 +19,9 @@ class Labeller(Protocol):
     dear: bool = False  # whether a label costs somebody's time or money, so that none is wasted
 
     def identity(self) -> dict[str, Any]:
-        """What decides the labels beside the settings: weights, files."""
+        """What to put in place of settings in the fingerprint of pairs: the weights or the content
+        of a file that one names; None for one that decides no label.
+        """
         return {}
 
     def check(self) -> None:

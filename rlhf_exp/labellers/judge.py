@@ -28,7 +28,7 @@ from rlhf_exp.labellers.gold import Gold
 from rlhf_exp.labellers.self_preference import read_own, self_preference
 
 OPTIONS = ("1", "2")
-REPLY_TOKENS = 4  # enough to see that a reply is more than an option
+REPLY_TOKENS = 4  # enough to see that a reply in words is more than an option
 Row = tuple[str, str, str, Principle]  # prompt, answer 1, answer 2, what decides
 
 # ---- formulas
@@ -133,8 +133,9 @@ class FromJudge(Labeller):
 
     def identity(self) -> dict[str, Any]:
         own = None if self.own is None else file_hash(Path(self.own).expanduser())
-        rules = [vars(principle) for principle in self.rules]
-        return {"judge": self.judge.identity(), "constitution": rules, "own": own}
+        found = {"constitution": [vars(rule) for rule in self.rules], "own": own, "cache": None}
+        judge = self.judge.identity()
+        return found if judge is None else found | {"judge": judge}  # else its settings decide
 
     def check(self) -> None:
         _ = self.rules

@@ -37,7 +37,7 @@ class Noisy(Labeller):
         self.asks_gold, self.dear = self.labeller.asks_gold, self.labeller.dear
 
     def identity(self) -> dict[str, Any]:
-        return self.labeller.identity()
+        return {"labeller": self.labeller.identity()}
 
     def check(self) -> None:
         self.labeller.check()

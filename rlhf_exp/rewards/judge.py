@@ -23,7 +23,7 @@ from rlhf_exp.rewards import Fitting, Reward
 logger = logging.getLogger(__name__)
 
 SCORES = tuple(str(i) for i in range(1, 11))
-REPLY_TOKENS = 4  # enough to see that a reply is more than a score
+REPLY_TOKENS = 4  # enough to see that a reply in words is more than a score
 
 
 def expected_score(log_probabilities: Tensor) -> Tensor:

@@ -146,7 +146,8 @@ class Pairwise(Reward):
         prompts = [pair["prompt"] for pair in pairs]
         better = self(prompts, [pair["chosen"] for pair in pairs])
         worse = self(prompts, [pair["rejected"] for pair in pairs])
-        accuracy = float((better > worse).float().mean())
+        told = [i for i, pair in enumerate(pairs) if pair.get("probability", 1.0) != 0.5]
+        accuracy = float((better > worse)[told].float().mean()) if told else 0.5
         logger.info(
             "seed %d: accuracy %.3f on %d clean evaluation pairs", self.seed, accuracy, len(pairs)
         )

@@ -30,14 +30,18 @@ STEP = 1.5  # factor by which a weight decay moves
 
 
 def resampled(count: int, rng: random.Random, *, bootstrap: bool) -> tuple[list[int], list[int]]:
-    """Indices to learn from and indices left out, about 1/e of `count`: drawn with replacement, or
-    each of them once.
+    """Indices to learn from and indices left out, about 1/e of `count` and at least two: drawn with
+    replacement, or each of them once.
     """
-    if bootstrap:
-        drawn = sorted(rng.choices(range(count), k=count))
-    else:
-        drawn = sorted(rng.sample(range(count), round(count * (1 - 1 / math.e))))
-    return drawn, sorted(set(range(count)) - set(drawn))
+    left: list[int] = []
+    drawn: list[int] = []
+    while len(left) < 2:
+        if bootstrap:
+            drawn = sorted(rng.choices(range(count), k=count))
+        else:
+            drawn = sorted(rng.sample(range(count), round(count * (1 - 1 / math.e))))
+        left = sorted(set(range(count)) - set(drawn))
+    return drawn, left
 
 
 def tuned(decay: float, ratio: float, band: Sequence[float]) -> float:
