@@ -39,8 +39,7 @@ logger = logging.getLogger(__name__)
 
 FEWEST = 8  # labels that a member is fitted on, at the least
 
-Question = tuple[str, str, str]  # of SIDES
-SIDES = ("prompt", "left", "right")
+Question = tuple[str, str, str]  # prompt, left, right
 PARTS = ("prompt", "chosen", "rejected", "probability")  # of a label
 
 
@@ -249,9 +248,8 @@ class OnlinePreferences(Online):
 
         def kept() -> list[Question]:
             if not path.exists():
-                rows = [dict(zip(SIDES, pair, strict=True)) for pair in pairs]
                 path.parent.mkdir(exist_ok=True)
-                write_jsonl(path, rows)
+                write_jsonl(path, [{"prompt": p, "left": x, "right": y} for p, x, y in pairs])
             rows = read_jsonl(path) if path.stat().st_size else []
             return [(row["prompt"], row["left"], row["right"]) for row in rows]
 
