@@ -108,6 +108,9 @@ def test_two_runs_share_a_file(store: Store) -> None:
     other.add(label(1))
     store.add(label(2))
     assert [len(store.of(key_of(*ROWS[i]))) for i in range(4)] == [1, 1, 1, 0]
+    assert not other.of(key_of(*ROWS[2]))
+    other.refresh()
+    assert len(other.of(key_of(*ROWS[2]))) == 1
 
 
 def test_a_label_taken_back_holds_no_longer_and_nothing_is_rewritten(store: Store) -> None:
@@ -247,6 +250,31 @@ def test_two_people_get_different_pairs_until_a_lease_is_over(store: Store) -> N
     clock.now += 61.0
     assert [q.key for q in desk.take("ada", 2)] == keys[2:3]  # what she let lie: others first
     assert [q.key for q in desk.take("bob", 2)] == keys[:2]
+
+
+def test_a_pair_stays_with_whoever_keeps_asking_for_it(store: Store) -> None:
+    clock = Clock()
+    desk = Desk(store, lease=60.0, clock=clock)
+    desk.ask(ROWS[:1])
+    for _ in range(60):  # 120 s
+        assert desk.take("ada"), "it was taken from under the reader"
+        assert not desk.take("bob")
+        clock.now += 2.0
+    clock.now += 59.0  # she has left
+    assert desk.take("bob")
+    assert not desk.take("ada")
+
+
+def test_what_another_run_is_told_is_not_asked_any_more(store: Store) -> None:
+    clock, other = Clock(), Store(store.path)
+    desk = Desk(store, clock=clock)
+    other.add(label(0))
+    assert desk.ask(ROWS[:2]) == 1
+    other.add(label(1))
+    assert not desk.wait(0.0)  # it has just looked
+    clock.now += 2.0
+    assert desk.wait(0.0)
+    assert not desk.open
 
 
 def test_a_pair_may_be_for_several_people(store: Store) -> None:
@@ -414,6 +442,41 @@ def test_typed_keys_label_in_the_terminal(tmp_path: Path, monkeypatch, capsys) -
     report = labeller.report()
     assert (report["labels"], report["ties"], report["skips"]) == (3, 1, 1)
     assert "pair 1 of 3" in capsys.readouterr().out
+
+
+def test_a_signal_ends_the_waiting_for_a_key(store: Store, monkeypatch) -> None:
+    desk = Desk(store)
+    desk.ask(ROWS[:1])
+    with terminal(monkeypatch) as typed:
+
+        def stop() -> None:  # a handler that only notes it, as while a policy trains
+            wait_for(lambda: desk.in_hand)
+            signals.received.append(signal.SIGTERM)
+
+        threading.Thread(target=stop).start()
+        late = threading.Timer(5.0, os.write, [typed, b"1"])  # so that a failure does not hang
+        late.start()
+        with pytest.raises(KeyboardInterrupt):
+            Terminal()(desk)
+        late.cancel()
+    assert not store.labels
+
+
+def test_a_pair_that_another_run_is_told_leaves_the_terminal(store: Store, monkeypatch) -> None:
+    clock = Clock()
+    desk = Desk(store, clock=clock)
+    desk.ask(ROWS[:1])
+
+    looks = iter([""])
+
+    def nothing_yet() -> str:
+        Store(store.path).add(label(0))
+        clock.now += 2.0
+        return next(looks)
+
+    with terminal(monkeypatch):
+        Terminal(nothing_yet)(desk)
+    assert len(store.labels) == 1
 
 
 def labeller_name() -> str:
