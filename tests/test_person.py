@@ -610,12 +610,14 @@ def test_pairs_that_another_run_is_told_leave_the_queue(store: Store, tmp_path: 
     thread = threading.Thread(target=lambda: files(desk))
     thread.start()
     queue = tmp_path / "queue.jsonl"
-    wait_for(lambda: len(queue.read_text().splitlines()) == 2)
-    Store(store.path).add(label(0))
-    clock.now += 2.0
-    wait_for(lambda: len(queue.read_text().splitlines()) == 1)
-    desk.finish()
-    thread.join(10)
+    try:
+        wait_for(lambda: len(queue.read_text().splitlines()) == 2)
+        Store(store.path).add(label(0))
+        clock.now += 2.0
+        wait_for(lambda: len(queue.read_text().splitlines()) == 1)
+    finally:
+        desk.finish()
+        thread.join(10)
 
 
 def test_runs_do_not_share_a_queue_unless_told_to(tmp_path: Path) -> None:
