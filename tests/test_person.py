@@ -108,6 +108,9 @@ def test_two_runs_share_a_file(store: Store) -> None:
     other.add(label(1))
     store.add(label(2))
     assert [len(store.of(key_of(*ROWS[i]))) for i in range(4)] == [1, 1, 1, 0]
+    assert not other.of(key_of(*ROWS[2]))
+    other.refresh()
+    assert len(other.of(key_of(*ROWS[2]))) == 1
 
 
 def test_a_label_taken_back_holds_no_longer_and_nothing_is_rewritten(store: Store) -> None:
@@ -247,6 +250,31 @@ def test_two_people_get_different_pairs_until_a_lease_is_over(store: Store) -> N
     clock.now += 61.0
     assert [q.key for q in desk.take("ada", 2)] == keys[2:3]  # what she let lie: others first
     assert [q.key for q in desk.take("bob", 2)] == keys[:2]
+
+
+def test_a_pair_stays_with_whoever_keeps_asking_for_it(store: Store) -> None:
+    clock = Clock()
+    desk = Desk(store, lease=60.0, clock=clock)
+    desk.ask(ROWS[:1])
+    for _ in range(60):  # 120 s
+        assert desk.take("ada"), "it was taken from under the reader"
+        assert not desk.take("bob")
+        clock.now += 2.0
+    clock.now += 59.0  # she has left
+    assert desk.take("bob")
+    assert not desk.take("ada")
+
+
+def test_what_another_run_is_told_is_not_asked_any_more(store: Store) -> None:
+    clock, other = Clock(), Store(store.path)
+    desk = Desk(store, clock=clock)
+    other.add(label(0))
+    assert desk.ask(ROWS[:2]) == 1
+    other.add(label(1))
+    assert not desk.wait(0.0)  # it has just looked
+    clock.now += 2.0
+    assert desk.wait(0.0)
+    assert not desk.open
 
 
 def test_a_pair_may_be_for_several_people(store: Store) -> None:
@@ -416,6 +444,41 @@ def test_typed_keys_label_in_the_terminal(tmp_path: Path, monkeypatch, capsys) -
     assert "pair 1 of 3" in capsys.readouterr().out
 
 
+def test_a_signal_ends_the_waiting_for_a_key(store: Store, monkeypatch) -> None:
+    desk = Desk(store)
+    desk.ask(ROWS[:1])
+    with terminal(monkeypatch) as typed:
+
+        def stop() -> None:  # a handler that only notes it, as while a policy trains
+            wait_for(lambda: desk.in_hand)
+            signals.received.append(signal.SIGTERM)
+
+        threading.Thread(target=stop).start()
+        late = threading.Timer(5.0, os.write, [typed, b"1"])  # so that a failure does not hang
+        late.start()
+        with pytest.raises(KeyboardInterrupt):
+            Terminal()(desk)
+        late.cancel()
+    assert not store.labels
+
+
+def test_a_pair_that_another_run_is_told_leaves_the_terminal(store: Store, monkeypatch) -> None:
+    clock = Clock()
+    desk = Desk(store, clock=clock)
+    desk.ask(ROWS[:1])
+
+    looks = iter([""])
+
+    def nothing_yet() -> str:
+        Store(store.path).add(label(0))
+        clock.now += 2.0
+        return next(looks)
+
+    with terminal(monkeypatch):
+        Terminal(nothing_yet)(desk)
+    assert len(store.labels) == 1
+
+
 def labeller_name() -> str:
     import getpass
 
@@ -487,9 +550,9 @@ def test_answers_of_another_tool_are_read(tmp_path: Path, caplog, monkeypatch) -
     (folder / "answers-2.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows[1:]))
     thread.join(20)
     assert said[0].tolist() == [1.0, 1.0, 1.0]
-    for line in range(1, 7):
-        assert caplog.text.count(f"answers.jsonl, line {line}: no answer") == 1
-    assert labeller.report()["refused_answers"] == 6
+    for line in range(1, 7):  # the fourth is to a pair that may be asked later
+        assert caplog.text.count(f"answers.jsonl, line {line}: no answer") == (line != 4)
+    assert labeller.report()["refused_answers"] == 5
     again = person(tmp_path, interface="files")
     again.open(tmp_path)
     assert again(*asked).tolist() == [1.0, 1.0, 1.0], "nothing is asked twice"
@@ -507,3 +570,62 @@ def test_answers_replaced_by_others_count_as_a_change_of_mind(store: Store, tmp_
     right = shown(ROWS[0], "").right
     assert combined(store.of(key_of(*ROWS[0])), right) == 1.0
     assert len(store.labels) == 2
+
+
+def answer(number: int, **changes: Any) -> str:
+    """A row of another tool, which prefers the left text of a pair."""
+    return json.dumps({"key": key_of(*ROWS[number]), "choice": "left", "who": "lab"} | changes)
+
+
+def test_an_answer_to_a_later_pair_waits_for_its_round(store: Store, tmp_path: Path) -> None:
+    desk, files = Desk(store), Files(tmp_path, poll=0.05)
+    (tmp_path / "answers.jsonl").write_text(f"{answer(0)}\n{answer(1)}\n")
+    for number in range(2):
+        desk.ask(ROWS[number : number + 1])
+        late = threading.Timer(5.0, desk.finish)  # so that a failure does not hang
+        late.start()
+        files(desk)
+        late.cancel()
+        assert len(store.labels) == number + 1
+    assert not files.refused
+
+
+def test_an_answer_counts_without_the_end_of_its_line(store: Store, tmp_path: Path) -> None:
+    desk, files, path = Desk(store), Files(tmp_path), tmp_path / "answers.jsonl"
+    desk.ask(ROWS[:2])
+    path.write_text(answer(0))
+    assert files._read(desk)
+    path.write_text(f"{answer(0)}\n{answer(1)[:-1]}")  # the second is still written
+    assert not files._read(desk)
+    path.write_text(f"{answer(0)}\n{answer(1)}\n")
+    assert files._read(desk)
+    assert len(store.labels) == 2, "the end of its line has made an answer count again"
+    assert not files.refused
+
+
+def test_pairs_that_another_run_is_told_leave_the_queue(store: Store, tmp_path: Path) -> None:
+    clock = Clock()
+    desk, files = Desk(store, clock=clock), Files(tmp_path, poll=0.05)
+    desk.ask(ROWS[:2])
+    thread = threading.Thread(target=lambda: files(desk))
+    thread.start()
+    queue = tmp_path / "queue.jsonl"
+    try:
+        wait_for(lambda: len(queue.read_text().splitlines()) == 2)
+        Store(store.path).add(label(0))
+        clock.now += 2.0
+        wait_for(lambda: len(queue.read_text().splitlines()) == 1)
+    finally:
+        desk.finish()
+        thread.join(10)
+
+
+def test_runs_do_not_share_a_queue_unless_told_to(tmp_path: Path) -> None:
+    for name in ("run", "other", "run"):  # the third goes on with the first
+        labeller = Person(file=str(tmp_path / "person.jsonl"), interface="files")
+        labeller.check()
+        labeller.open(tmp_path / name)
+        assert labeller.ask.folder == tmp_path / name / "labels"
+    labeller = person(tmp_path, interface="files")
+    labeller.open(tmp_path / "run")
+    assert labeller.ask.folder == tmp_path / "queue"

@@ -206,3 +206,30 @@ def test_texts_of_models_are_inert_and_the_page_fits_every_screen(
         labeller.desk.finish()  # type: ignore[union-attr]
         thread.join(10)
         labeller.ask.close()
+
+
+def test_no_key_labels_a_pair_that_nobody_has_read(browser: Chromium, tmp_path: Path) -> None:
+    labeller = Person(file=str(tmp_path / "person.jsonl"))
+    labeller.open(tmp_path)
+    asked = [[f"{part} {i}" for i in range(4)] for part in ("prompt", "one", "other")]
+    thread = threading.Thread(target=lambda: labeller(*asked))
+    thread.start()
+    try:
+        while labeller.ask.url is None:
+            time.sleep(0.05)
+        arrive(browser, labeller.ask.url)
+        browser.until("busy === 0 && pairs.length === 2")
+        replaced = "heard({...state, pairs: [pairs[1]]}); choose('left'); [count, answered.size]"
+        assert browser.js(f"{{ {replaced}.join() }}") == "0,0", "the pair was just replaced"
+        browser.until("performance.now() > ready")
+        press_until(browser, "1", f"{saved(1)} && count === 1 && answered.size === 0")
+        browser.js("choose('best')")  # which the run refuses
+        browser.until("busy === 0 && count === 1 && answered.size === 0")
+        desk = labeller.desk
+        assert desk is not None
+        key = desk.undo(who="Ada", id="on another page")
+        browser.until(f"pairs.some((pair) => pair.key === '{key}')")
+    finally:
+        labeller.desk.finish()  # type: ignore[union-attr]
+        thread.join(10)
+        labeller.ask.close()

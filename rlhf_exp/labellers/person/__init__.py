@@ -35,10 +35,10 @@ class Person(Labeller):
     file: str = "artifacts/labels/person.jsonl"  # where labels are kept; runs may share it
     interface: str = "page"  # page, terminal or files
     labels_per_pair: int = 1  # by as many people
-    folder: str = "artifacts/labels/queue"  # of files: queue.jsonl goes there, answers*.jsonl come
+    folder: str | None = None  # of files: queue.jsonl, answers*.jsonl; null: labels/ of the run
     host: str = "127.0.0.1"  # of page: the address it listens on
     port: int = 0  # of page; 0: any free one
-    lease: float = 300.0  # of page: seconds that a pair belongs to whoever has it on the screen
+    lease: float = 300.0  # of page: seconds that a pair is kept for a page that asks no more
 
     def __post_init__(self) -> None:
         require(self.interface, ("page", "terminal", "files"), "labeller.interface")
@@ -66,15 +66,15 @@ class Person(Labeller):
 
     def check(self) -> None:
         if processes.main():
-            self.ask = self._interface()
-            self.ask.check()
+            if self.interface != "files" or self.folder is not None:
+                self._interface(Path()).check()
             Store(self._path())
 
     def open(self, directory: Path) -> None:
         if processes.main() and self.desk is None:
             store = Store(self._path())
             self.desk = Desk(store, labels_per_pair=self.labels_per_pair, lease=self.lease)
-            self.ask = self._interface()
+            self.ask = self._interface(directory)
 
     def __call__(self, prompts: list[str], left: list[str], right: list[str]) -> Tensor:
         rows = list(zip(prompts, left, right, strict=True))
@@ -104,7 +104,12 @@ class Person(Labeller):
     def _path(self) -> Path:
         return Path(self.file).expanduser()
 
-    def _interface(self) -> Any:
+    def _interface(self, directory: Path) -> Any:
+        """How people are asked in the run in `directory`."""
         if self.interface == "page":
             return Page(host=self.host, port=self.port)
-        return Terminal() if self.interface == "terminal" else Files(Path(self.folder).expanduser())
+        if self.interface == "terminal":
+            return Terminal()
+        if self.folder is None:
+            return Files(directory / "labels")
+        return Files(Path(self.folder).expanduser())

@@ -1,7 +1,8 @@
 """The pairs that wait for a label, and who has which of them in hand.
 
-A person who asks for pairs gets them for `lease` seconds, so that two people do not read the same
-one, unless a pair is to have several labels. Any thread may call; one thread waits.
+A person who asks for pairs keeps them until nothing was asked for `lease` seconds, so that two
+people do not read the same one, unless a pair is to have several labels. Any thread may call; one
+thread waits.
 """
 
 import hashlib
@@ -18,6 +19,7 @@ from rlhf_exp.labellers.person.store import Label, Store, key_of, last_of_each, 
 # what a person may say, and the probability it gives to the text on the left
 CHOICES = {"left": 1.0, "right": 0.0, "tie": 0.5, "skip": None}
 PRESENT = 30.0  # seconds after which somebody who asks for nothing counts as gone
+REFRESH = 2.0  # seconds between looks at what other runs have added to the file
 OTHERS_FIRST = 5.0  # seconds in which only others get a pair that somebody has let lie
 
 Row = tuple[str, str, str]  # a prompt and two texts
@@ -67,6 +69,7 @@ class Desk:
         self.in_hand: dict[str, dict[str, float]] = {}  # until when, by key and person
         self.seen: dict[str, float] = {}  # when each person was here last
         self.touched = float("-inf")  # when something was last said
+        self.refreshed = float("-inf")  # when the file was last looked at
 
     # ---- the run's side
 
@@ -75,7 +78,7 @@ class Desk:
         with self.changed:
             self.rows = {key_of(*row): row for row in rows}
             self.in_hand, self.touched = {}, float("-inf")
-            self._count()
+            self._refresh()
             self.asking = bool(self.open) and not self.finished
             return len(self.open) if self.asking else 0
 
@@ -87,6 +90,8 @@ class Desk:
         with self.changed:
             if not self._settled(grace):
                 self.changed.wait(seconds)
+            if self.clock() - self.refreshed >= REFRESH:
+                self._refresh()
             if (
                 signals.received
             ):  # noted while a policy trains, which goes on until its step is done
@@ -96,6 +101,11 @@ class Desk:
 
     def _settled(self, grace: float) -> bool:
         return self.finished or (not self.open and self.clock() - self.touched >= grace)
+
+    def _refresh(self) -> None:
+        self.store.refresh()
+        self.refreshed = self.clock()
+        self._count()
 
     def _count(self) -> None:
         wanted = self.labels_per_pair
@@ -114,16 +124,17 @@ class Desk:
             return [shown(self.rows[key], who) for key in keys]
 
     def _hand_out(self, key: str, who: str) -> bool:
-        """Whether `who` has the pair in hand from now on."""
+        """Whether `who` has the pair in hand from now on; who keeps asking keeps it."""
         now, people = self.clock(), set(last_of_each(self.store.of(key)))
         hands = self.in_hand.setdefault(key, {})
         others = {p for p, until in hands.items() if until > now and p != who}
         if who in people or len(others | people) >= self.labels_per_pair:
             return False
         mine = hands.get(who, float("-inf"))
-        if mine + OTHERS_FIRST <= now:
-            mine = hands[who] = now + self.lease
-        return mine > now
+        if mine <= now < mine + OTHERS_FIRST:
+            return False
+        hands[who] = now + self.lease
+        return True
 
     def question(self, key: str, who: str) -> Question:
         """The pair as `who` sees it; Closed if it is not of this round."""

@@ -89,6 +89,12 @@ class Store:
         with lease.held(self.lock):
             self._catch_up()
 
+    def refresh(self) -> None:
+        """Read what other runs have added to the file."""
+        if self.path.exists() and self.path.stat().st_size != self.read:
+            with lease.held(self.lock):
+                self._catch_up()
+
     def of(self, key: str) -> list[Label]:
         """Labels of a pair that were not taken back, in order."""
         return list(self.pairs.get(key, {}).values())

@@ -2,6 +2,7 @@
 
 import getpass
 import os
+import select
 import shutil
 import sys
 import termios
@@ -15,6 +16,7 @@ from contextlib import contextmanager
 from rlhf_exp.labellers.person.desk import Desk, Question
 
 KEYS = {"1": "left", "2": "right", "0": "tie", "s": "skip"}
+POLL = 0.5  # seconds between looks at what has happened while no key is pressed
 HELP = "1 first is better   2 second is better   0 tie   s skip   u undo   q finish"
 
 
@@ -41,7 +43,11 @@ def single_keys() -> Iterator[None]:
 
 
 def read_key() -> str:
-    """The next key; KeyboardInterrupt where the terminal is gone."""
+    """The next key, or nothing if none is pressed for POLL seconds: reading alone would go on after
+    a signal. KeyboardInterrupt where the terminal is gone.
+    """
+    if not select.select([sys.stdin], [], [], POLL)[0]:
+        return ""
     found = os.read(sys.stdin.fileno(), 1)
     if not found:
         raise KeyboardInterrupt
@@ -69,7 +75,7 @@ class Terminal:
             while not desk.wait(0.0):
                 questions = desk.take(who)
                 if not questions:  # somebody else has to say, or has it in hand
-                    desk.wait(0.5)
+                    desk.wait(POLL)
                     continue
                 self._show(desk, who, questions[0])
                 self._answer(desk, who, questions[0])
@@ -83,9 +89,9 @@ class Terminal:
         print("\n".join([*parts, HELP]), flush=True)
 
     def _answer(self, desk: Desk, who: str, question: Question) -> None:
-        """Read keys until one of them means something."""
+        """Read keys until one of them means something, or another run has the answer."""
         began = time.monotonic()
-        while True:
+        while not desk.wait(0.0) and question.key in desk.open:
             key, id = self.key().lower(), uuid.uuid4().hex
             if key in KEYS:
                 seconds = round(time.monotonic() - began, 2)

@@ -4,6 +4,7 @@ const at = (id) => document.getElementById(id);
 const pause = (ms) => new Promise((resume) => setTimeout(resume, ms));
 const fresh = () => Array.from(crypto.getRandomValues(new Uint8Array(16)), (b) => b.toString(16).padStart(2, "0")).join("");
 const WORDS = { left: "1 is better", right: "2 is better", tie: "Tie", skip: "Skipped" };
+const UNASKED = 400; // ms in which a choice may still mean the pair that was on the screen before
 const KEYS = { 1: "left", 2: "right", 0: "tie", s: "skip" };
 const REST = {
   mine: ["Your part is done", "Others still have pairs in hand. If one comes free, it appears here."],
@@ -17,11 +18,12 @@ let state = null; // what the run said last
 let pairs = []; // the one on the screen, and the next
 let current = null;
 let since = 0; // when it was shown
+let ready = 0; // when choices count again
 let count = 0; // labels of this session
 let gone = false;
 let busy = 0; // requests that were not answered yet
 let chain = Promise.resolve(); // they go one after the other
-const answered = new Set(); // keys
+const answered = new Set(); // keys that were sent, and not acknowledged yet
 
 // ---- requests
 
@@ -52,19 +54,30 @@ function send(what, body = {}) {
   const request = JSON.stringify({ ...body, who });
   chain = chain
     .then(() => delivered(what, request))
-    .then(heard, (error) => {
-      answered.delete(body.key);
-      say(`Not saved: ${error.message}`);
-    })
+    .then(
+      (told) => {
+        acknowledged(body, !told.closed);
+        heard(told);
+      },
+      (error) => {
+        acknowledged(body, false);
+        say(`Not saved: ${error.message}`);
+        show();
+      },
+    )
     .finally(() => {
       busy -= 1;
     });
 }
 
+function acknowledged(body, saved) {
+  answered.delete(body.key);
+  if (body.choice && !saved) count = Math.max(0, count - 1);
+}
+
 function heard(told) {
   state = told;
   if (told.undone) {
-    answered.delete(told.undone);
     current = null;
     count = Math.max(0, count - 1);
     say("Taken back");
@@ -78,7 +91,10 @@ function heard(told) {
 
 function show() {
   const next = gone ? null : pairs.find((pair) => current && pair.key === current.key) || pairs[0] || null;
-  if (next && (!current || next.key !== current.key)) present(next);
+  if (next && (!current || next.key !== current.key)) {
+    ready = performance.now() + (current ? UNASKED : 0); // after one's own action there is none
+    present(next);
+  }
   current = next;
   at("pair").hidden = !next;
   at("rest").hidden = Boolean(next);
@@ -130,12 +146,13 @@ function say(text, undoable = false) {
 // ---- what a person does
 
 function choose(choice) {
-  if (!current || gone || at("who").open) return;
+  if (!current || gone || at("who").open || performance.now() < ready) return;
   const { key } = current;
   const seconds = Math.round(performance.now() - since) / 1000;
   answered.add(key);
   count += 1;
   pairs = pairs.filter((pair) => pair.key !== key);
+  current = null;
   send("label", { key, choice, seconds, id: fresh() });
   say(WORDS[choice], true);
   show();
