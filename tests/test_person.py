@@ -87,22 +87,22 @@ def test_a_pair_is_found_by_its_content_whichever_text_comes_first() -> None:
 def test_labels_are_on_the_disk_and_found_again(store: Store) -> None:
     assert store.add(label(0, 1.0))
     assert store.add(label(1, None))
-    found = Store(store.path)
+    found = Store(store.ledger.path)
     assert found.of(key_of(*ROWS[0])) == [label(0, 1.0)]
     assert found.of(key_of(*ROWS[1])) == [label(1, None)]
-    row = json.loads(store.path.read_text().splitlines()[0])
+    row = json.loads(store.ledger.path.read_text().splitlines()[0])
     assert row == vars(label(0, 1.0))
 
 
 def test_the_same_decision_sent_twice_counts_once(store: Store) -> None:
     assert store.add(label(0, 1.0, id="x"))
     assert not store.add(label(0, 0.0, id="x"))
-    assert not Store(store.path).add(label(0, 1.0, id="x"))
-    assert len(store.path.read_text().splitlines()) == 1
+    assert not Store(store.ledger.path).add(label(0, 1.0, id="x"))
+    assert len(store.ledger.path.read_text().splitlines()) == 1
 
 
 def test_two_runs_share_a_file(store: Store) -> None:
-    other = Store(store.path)
+    other = Store(store.ledger.path)
     store.add(label(0))
     assert not other.add(label(0))
     other.add(label(1))
@@ -115,21 +115,21 @@ def test_two_runs_share_a_file(store: Store) -> None:
 
 def test_a_label_taken_back_holds_no_longer_and_nothing_is_rewritten(store: Store) -> None:
     store.add(label(0, 1.0))
-    before = store.path.read_text()
+    before = store.ledger.path.read_text()
     assert store.take_back(label(0, 1.0), id="u")
     assert not store.take_back(label(0, 1.0), id="u")
-    assert store.path.read_text().startswith(before)
-    assert len(store.path.read_text().splitlines()) == 2
-    assert store.of(label(0).key) == Store(store.path).of(label(0).key) == []
+    assert store.ledger.path.read_text().startswith(before)
+    assert len(store.ledger.path.read_text().splitlines()) == 2
+    assert store.of(label(0).key) == Store(store.ledger.path).of(label(0).key) == []
 
 
 def test_half_a_line_is_dropped_and_the_next_label_starts_a_new_one(store: Store) -> None:
     store.add(label(0))
-    with store.path.open("ab") as file:
+    with store.ledger.path.open("ab") as file:
         file.write(b'{"id": "half", "key"')
-    found = Store(store.path)
+    found = Store(store.ledger.path)
     found.add(label(1))
-    assert [json.loads(x)["id"] for x in store.path.read_text().splitlines()] == [
+    assert [json.loads(x)["id"] for x in store.ledger.path.read_text().splitlines()] == [
         label(0).id, label(1).id,
     ]  # fmt: skip
 
@@ -150,12 +150,12 @@ def test_half_a_line_is_dropped_and_the_next_label_starts_a_new_one(store: Store
 )
 def test_a_row_that_is_no_label_is_named_with_its_line(store: Store, line: str, why: str) -> None:
     store.add(label(0, id="first"))
-    with store.path.open("a") as file:
+    with store.ledger.path.open("a") as file:
         file.write(line + "\n")
     with pytest.raises(
         ValueError, match=r"person\.jsonl, line 2: not a label .*labeller\.file"
     ) as e:
-        Store(store.path)
+        Store(store.ledger.path)
     assert why in str(e.value)
 
 
@@ -266,7 +266,7 @@ def test_a_pair_stays_with_whoever_keeps_asking_for_it(store: Store) -> None:
 
 
 def test_what_another_run_is_told_is_not_asked_any_more(store: Store) -> None:
-    clock, other = Clock(), Store(store.path)
+    clock, other = Clock(), Store(store.ledger.path)
     desk = Desk(store, clock=clock)
     other.add(label(0))
     assert desk.ask(ROWS[:2]) == 1
@@ -470,7 +470,7 @@ def test_a_pair_that_another_run_is_told_leaves_the_terminal(store: Store, monke
     looks = iter([""])
 
     def nothing_yet() -> str:
-        Store(store.path).add(label(0))
+        Store(store.ledger.path).add(label(0))
         clock.now += 2.0
         return next(looks)
 
@@ -612,7 +612,7 @@ def test_pairs_that_another_run_is_told_leave_the_queue(store: Store, tmp_path: 
     queue = tmp_path / "queue.jsonl"
     try:
         wait_for(lambda: len(queue.read_text().splitlines()) == 2)
-        Store(store.path).add(label(0))
+        Store(store.ledger.path).add(label(0))
         clock.now += 2.0
         wait_for(lambda: len(queue.read_text().splitlines()) == 1)
     finally:

@@ -144,7 +144,7 @@ def test_a_label_posted_twice_counts_once(served) -> None:
     for thread in threads:
         thread.join(20)
     assert [s["done"] for s in first] == [1, 1]
-    assert len(labeller.desk.store.path.read_text().splitlines()) == 1
+    assert len(labeller.desk.store.ledger.path.read_text().splitlines()) == 1
 
 
 def test_two_people_at_once_label_every_pair_once(served) -> None:

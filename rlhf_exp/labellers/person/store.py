@@ -8,7 +8,6 @@ once.
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -16,7 +15,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from rlhf_exp import lease
+from rlhf_exp.ledger import Ledger
 
 
 def key_of(prompt: str, one: str, other: str) -> str:
@@ -79,20 +78,17 @@ class Store:
     """
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.path = path
-        self.lock = path.with_name(f".{path.name}.lease")
+        self.ledger = Ledger(path)
         self.ids: set[str] = set()
         self.labels: dict[str, Label] = {}  # those that were not taken back, in order, by id
         self.pairs: dict[str, dict[str, Label]] = {}  # the same by pair
-        self.read = self.lines = 0  # bytes and lines known already
-        with lease.held(self.lock):
+        with self.ledger.held():
             self._catch_up()
 
     def refresh(self) -> None:
         """Read what other runs have added to the file."""
-        if self.path.exists() and self.path.stat().st_size != self.read:
-            with lease.held(self.lock):
+        if self.ledger.grown():
+            with self.ledger.held():
                 self._catch_up()
 
     def of(self, key: str) -> list[Label]:
@@ -109,37 +105,23 @@ class Store:
         return self._append(id, row)
 
     def _append(self, id: str, row: dict[str, Any]) -> bool:
-        with lease.held(self.lock):
+        with self.ledger.held():
             self._catch_up()
             if id in self.ids:
                 return False
-            with self.path.open("ab") as file:
-                file.write(json.dumps(row).encode() + b"\n")
-                file.flush()
-                os.fsync(file.fileno())
+            self.ledger.write([row])
             self._catch_up()
         return True
 
     def _catch_up(self) -> None:
-        """Read what is new in the file; a half line at its end, left by a kill, is cut off."""
-        if not self.path.exists():
-            return
-        with self.path.open("r+b") as file:
-            file.seek(self.read)
-            new = file.read()
-            whole = new[: new.rfind(b"\n") + 1]
-            if len(whole) < len(new):
-                file.truncate(self.read + len(whole))
-        for line in whole.split(b"\n")[:-1]:
-            self.lines += 1
+        for line in self.ledger.rows():
             try:
                 self._take_in(json.loads(line))
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(
-                    f"{self.path}, line {self.lines}: not a label of a person ({error}); remove "
-                    "the line, or name another file as labeller.file"
+                    f"{self.ledger.path}, line {self.ledger.lines}: not a label of a person "
+                    f"({error}); remove the line, or name another file as labeller.file"
                 ) from None
-        self.read += len(whole)
 
     def _take_in(self, row: dict[str, Any]) -> None:
         if row["id"] in self.ids:
