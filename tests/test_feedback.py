@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from rlhf_exp.artifacts import Store
 from rlhf_exp.config import build, conf_directory
 from rlhf_exp.data import reviews
 from rlhf_exp.feedback import Feedback, Judge, Provider, Question
+from rlhf_exp.feedback.cache import Cache
 from rlhf_exp.feedback.models import LocalModel
 from rlhf_exp.feedback.rules import Rules
 from rlhf_exp.feedback.tasks import Categories, FreeForm
@@ -623,3 +625,17 @@ def test_options_carry_the_keys_of_their_classes(who: str, task: str) -> None:
         assert [e["category"] for e in made.task.examples].count("Harmful") == 1
     else:
         assert made.task.highest == 3
+
+
+def test_replies_that_come_slowly_are_kept_one_by_one(tmp_path: Path, monkeypatch) -> None:
+    """So that a kill costs no more than the last second."""
+    now = [0.0]
+    clock = SimpleNamespace(monotonic=lambda: now[0])
+    monkeypatch.setattr("rlhf_exp.feedback.cache.time", clock)
+    cache = Cache(tmp_path / "replies.jsonl", "feedback.cache")
+    for key in ("a", "b"):
+        now[0] += 2.0
+        cache.add({"key": key, "reply": "yes"})
+        assert Cache(tmp_path / "replies.jsonl", "feedback.cache").replies[key] == "yes"
+    cache.add({"key": "c", "reply": "yes"})  # at once: not alone
+    assert "c" not in Cache(tmp_path / "replies.jsonl", "feedback.cache").replies

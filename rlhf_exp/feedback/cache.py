@@ -3,12 +3,14 @@ for again.
 """
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 from rlhf_exp.ledger import Ledger
 
-BATCH = 32  # replies written and fsynced at once
+BATCH = 32  # replies written and fsynced at once, at most
+PAUSE = 1.0  # seconds after which those that came are written, however few
 
 
 class Cache:
@@ -18,6 +20,7 @@ class Cache:
         self.ledger, self.setting = Ledger(path), setting
         self.replies: dict[str, str] = {}
         self.waiting: list[dict[str, Any]] = []
+        self.flushed = time.monotonic()
         with self.ledger.held():
             self._catch_up()
 
@@ -25,7 +28,7 @@ class Cache:
         """Remember `row` (its `key` and `reply`, and what else a reader may want to see)."""
         self.replies[row["key"]] = row["reply"]
         self.waiting.append(row)
-        if len(self.waiting) >= BATCH:
+        if len(self.waiting) >= BATCH or time.monotonic() - self.flushed > PAUSE:
             self.flush()
 
     def flush(self) -> None:
@@ -35,7 +38,7 @@ class Cache:
         with self.ledger.held():
             self._catch_up()
             self.ledger.write(self.waiting)
-        self.waiting = []
+        self.waiting, self.flushed = [], time.monotonic()
 
     def _catch_up(self) -> None:
         for line in self.ledger.rows():
