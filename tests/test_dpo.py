@@ -16,6 +16,7 @@ from torch import Tensor
 from rlhf_exp.algorithms.dpo import DPO, LOSSES, SMOOTHED, sequence_logprobs
 from rlhf_exp.algorithms.trainer import scratch
 from rlhf_exp.data.local import write_jsonl
+from rlhf_exp.labellers import Labeller
 from rlhf_exp.labellers.dataset import FromDataset
 from rlhf_exp.labellers.gold import Gold
 from rlhf_exp.policy import response_logits
@@ -164,12 +165,13 @@ def test_all_couples_that_differ_are_pairs() -> None:
 
 
 def test_a_labeller_ranks_by_wins() -> None:
-    def labeller(prompts: list[str], left: list[str], right: list[str]) -> Tensor:
-        ahead = [len(a) - len(b) for a, b in zip(left, right, strict=True)]
-        told = torch.tensor([0.5 + 0.4 * (d > 0) - 0.4 * (d < 0) for d in ahead])
-        return torch.where(torch.tensor([not a for a in left]), torch.nan, told)
+    class Longer(Labeller):
+        def __call__(self, prompts: list[str], left: list[str], right: list[str]) -> Tensor:
+            ahead = [len(a) - len(b) for a, b in zip(left, right, strict=True)]
+            told = torch.tensor([0.5 + 0.4 * (d > 0) - 0.4 * (d < 0) for d in ahead])
+            return torch.where(torch.tensor([not a for a in left]), torch.nan, told)
 
-    found = wins(["p", "q"], ["aa", "aaaa", "a", "", "bb", "bb"], labeller, 3)
+    found = wins(["p", "q"], ["aa", "aaaa", "a", "", "bb", "bb"], Longer(), 3)
     assert found.tolist() == pytest.approx([1.0, 1.8, 0.2, 1.0, 1.0, 1.0])
 
 

@@ -42,6 +42,11 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
         yield page
 
 
+def listening() -> None:
+    """A shell starts what it sends to the background, such as a test run, deaf to Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Command:
     """`python -m rlhf_exp` that waits for people."""
 
@@ -50,6 +55,7 @@ class Command:
         self.process = subprocess.Popen(
             command(*arguments), cwd=cwd, env=environment(),
             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            preexec_fn=listening,
         )  # fmt: skip
         self.reader = threading.Thread(target=self._read)
         self.reader.start()
