@@ -8,6 +8,7 @@ import pytest
 
 from rlhf_exp.data import reviews
 from rlhf_exp.data.local import Local, read_jsonl, write_jsonl
+from rlhf_exp.data.prepare import WRITERS
 from rlhf_exp.data.reviews import Reviews, read
 from rlhf_exp.data.rows import Demonstration, Pair
 
@@ -225,13 +226,25 @@ def test_equal_replies_and_missing_columns_of_pairs_are_refused(tmp_path: Path) 
     prompts = rows_file(tmp_path / "p.jsonl", prompt_rows(20))
     equal = [*PAIRS[:2], {"prompt": "p", "chosen": "same", "rejected": "same"}]
     lacking = [{"prompt": "p", "chosen": "x"}]
+    odd = [PAIRS[0] | {"probability": 0.9}, PAIRS[1] | {"probability": "high"}]
     for rows, message in (
+        (odd, "line 2: column 'probability' .* between 0.5 and 1, not 'high'"),
+        ([PAIRS[0] | {"probability": 0.2}], "line 1: column 'probability' .* not 0.2"),
         (equal, "line 3: chosen and rejected are equal"),
         (lacking, "'rejected'"),
     ):
         pairs = rows_file(tmp_path / "pairs.jsonl", rows)
         with pytest.raises(ValueError, match=rf"pairs\.jsonl.*{message}"):
             Local(prompts=prompts, preferences=pairs).load()
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_pairs_may_say_how_sure_they_are(tmp_path: Path, kind: str) -> None:
+    prompts = rows_file(tmp_path / "p.jsonl", prompt_rows(20))
+    path = tmp_path / f"pairs.{kind}"
+    WRITERS[kind](path, [PAIRS[0] | {"probability": 0.75}, *PAIRS[1:]])
+    data = Local(prompts=prompts, preferences=str(path), held_out_preferences=str(path)).load()
+    assert [pair.probability for pair in data.pairs] == [0.75] + [1.0] * 19
 
 
 def test_demonstration_without_completion_is_refused(tmp_path: Path) -> None:

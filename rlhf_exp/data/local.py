@@ -150,7 +150,9 @@ class Local:
     held_out_share: float = 0.1
     demonstrations: str | None = None  # file with prompt and completion, for the sft stage
     completion_column: str = "completion"
-    preferences: str | None = None  # file with prompt, chosen and rejected, for labeller=dataset
+    # file with prompt, chosen and rejected, for labeller=dataset; a column probability, from 0.5 to
+    # 1, says how sure it is that chosen is better
+    preferences: str | None = None
     held_out_preferences: str | None = None  # null keeps `held_out_share` of `preferences`
     chosen_column: str = "chosen"
     rejected_column: str = "rejected"
@@ -286,4 +288,11 @@ class Local:
                 f"{path}, line {number}: chosen and rejected are equal, so the pair says nothing; "
                 "remove it"
             )
-        return Pair(self._prompt(path, row, number), chosen, rejected)
+        sure = row.get("probability")
+        sure = 1.0 if sure is None else sure
+        if not isinstance(sure, int | float) or not 0.5 <= sure <= 1:
+            raise ValueError(
+                f"{path}, line {number}: column 'probability' says how sure it is that chosen is "
+                f"better, so it must be between 0.5 and 1, not {sure!r}"
+            )
+        return Pair(self._prompt(path, row, number), chosen, rejected, float(sure))

@@ -15,7 +15,7 @@ from rlhf_exp import __version__
 from rlhf_exp.artifacts import file_hash, verify, write_directory, write_json
 from rlhf_exp.choices import pick, require
 from rlhf_exp.data.local import write_jsonl
-from rlhf_exp.data.rows import Dataset, Statement
+from rlhf_exp.data.rows import Dataset, Pair, Statement
 
 logger = logging.getLogger(__name__)
 
@@ -129,8 +129,8 @@ def columns(data: Dataset) -> dict[str, list[dict[str, Any]]]:
         "prompts": [_prompt(p, data.answers) for p in data.prompts],
         "held_out": [_prompt(p, data.answers) for p in data.held_out],
         "demonstrations": [vars(d) for d in data.demonstrations],
-        "preferences": [vars(p) for p in data.pairs],
-        "held_out_preferences": [vars(p) for p in data.held_out_pairs],
+        "preferences": [_pair(p) for p in data.pairs],
+        "held_out_preferences": [_pair(p) for p in data.held_out_pairs],
         "statements": [_statement(s) for s in data.statements],
         "held_out_statements": [_statement(s) for s in data.held_out_statements],
     }
@@ -138,6 +138,11 @@ def columns(data: Dataset) -> dict[str, list[dict[str, Any]]]:
 
 def _prompt(prompt: str, answers: dict[str, str]) -> dict[str, str]:
     return {"prompt": prompt} | ({"answer": answers[prompt]} if answers else {})
+
+
+def _pair(pair: Pair) -> dict[str, Any]:
+    """A certain label says so by saying nothing."""
+    return {k: v for k, v in vars(pair).items() if (k, v) != ("probability", 1.0)}
 
 
 def _statement(statement: Statement) -> dict[str, Any]:
