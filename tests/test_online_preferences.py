@@ -126,6 +126,7 @@ class Letters:
     """A policy that answers with two different letters, or sometimes with one twice."""
 
     def sample(self, prompts: list[str], n: int) -> SimpleNamespace:
+        assert prompts, "a policy is not asked for nothing"
         drawn = torch.randint(5, (len(prompts) * n,)).tolist()
         return SimpleNamespace(completions=["abcde"[i] for i in drawn])
 
@@ -229,9 +230,12 @@ def test_who_has_finished_is_not_asked_again(tmp_path: Path) -> None:
     algorithm.labeller = Finishing()
     algorithm._ask(8, random.Random(0))
     assert algorithm.finished
-    algorithm.round, labels = 2, len(algorithm.rows)
-    algorithm._ask(8, random.Random(0))
+    algorithm.labeller, labels = Alphabet(), len(algorithm.rows)  # of a run that was resumed
+    for number in (2, 3):
+        algorithm.round = number
+        algorithm._ask(8, random.Random(0))
     assert len(algorithm.rows) == labels
+    assert algorithm.labeller.asked == []
 
 
 def test_labels_of_a_run_tell_of_their_labeller(tmp_path: Path) -> None:

@@ -264,7 +264,7 @@ class OnlinePreferences(Online):
                 self.rows.append(vars(ordered(*pair, ahead)) | {"round": self.round})
             else:
                 self.unsaid.append(pair)
-        self.finished = processes.agreed(self.labeller.finished())
+        self.finished = self.finished or processes.agreed(self.labeller.finished())
         if len(self.rows) < FEWEST:
             raise ValueError(
                 f"only {len(self.rows)} labels came of {len(self.rows) + len(self.unsaid)} pairs "
@@ -285,6 +285,8 @@ class OnlinePreferences(Online):
 
     def _candidates(self, count: int, rng: random.Random) -> list[Question]:
         """Pairs of the policy as it is, no two texts the same, none asked about before."""
+        if not count:
+            return []
         prompts = [rng.choice(self.data.prompts) for _ in range(count)]
         completions = self.policy.sample(prompts, 2).completions
         known = {_cell(r["prompt"], r["chosen"], r["rejected"]) for r in self.rows}
