@@ -4,11 +4,20 @@ What it says is soft: 1 and 0 are certain, 1/2 is a tie, NaN is no answer. Who w
 wraps one in `noisy`.
 """
 
+import hashlib
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+
+def draw(seed: int, prompt: str, left: str, right: str) -> int:
+    """A number below 2**64 for a pair: the same whichever completion is left, and whatever was
+    drawn before.
+    """
+    text = "\0".join([str(seed), prompt, *sorted((left, right))])
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
 class Labeller(Protocol):

@@ -7,7 +7,6 @@ it is of "1" against "2". The texts are fenced, as they may try to give it order
 Left out: examples in the question, several explanations of one pair (self-consistency).
 """
 
-import hashlib
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +22,7 @@ from rlhf_exp.constitution import Principle
 from rlhf_exp.feedback import Question, Verdict
 from rlhf_exp.feedback.asking import Asker
 from rlhf_exp.feedback.fences import NOTICE, fenced, harmless
-from rlhf_exp.labellers import Labeller
+from rlhf_exp.labellers import Labeller, draw
 from rlhf_exp.labellers.gold import Gold
 from rlhf_exp.labellers.self_preference import read_own, self_preference
 
@@ -201,9 +200,7 @@ class FromJudge(Labeller):
         """The principles of a pair, the same whichever completion is left."""
         if self.principles == "all":
             return self.rules
-        text = "\0".join([str(self.seed), prompt, *sorted((one, other))])
-        drawn = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8])
-        return [self.rules[drawn % len(self.rules)]]
+        return [self.rules[draw(self.seed, prompt, one, other) % len(self.rules)]]
 
     def _chances(self, rows: list[Row]) -> Tensor:
         """Log-probabilities of "1" and "2" [n, 2], NaN where no usable answer came."""

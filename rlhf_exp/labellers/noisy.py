@@ -4,8 +4,6 @@ The stage `preferences` has noise of its own (`preferences.noise_rate`), which i
 its pairs; this one serves wherever a labeller is asked.
 """
 
-import hashlib
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_exp.labellers import Labeller
+from rlhf_exp.labellers import Labeller, draw
 
 
 @dataclass(kw_only=True)
@@ -50,7 +48,8 @@ class Noisy(Labeller):
 
     def __call__(self, prompts: list[str], left: list[str], right: list[str]) -> Tensor:
         said = self.labeller(prompts, left, right)
-        drawn = torch.tensor([self._draw(*row) for row in zip(prompts, left, right, strict=True)])
+        rows = zip(prompts, left, right, strict=True)
+        drawn = torch.tensor([draw(self.seed, *row) / 2**64 for row in rows])
         return torch.where(drawn < self.rate, 1 - said, said)
 
     def finished(self) -> bool:
@@ -58,9 +57,3 @@ class Noisy(Labeller):
 
     def report(self) -> dict[str, float]:
         return self.labeller.report()
-
-    def _draw(self, prompt: str, left: str, right: str) -> float:
-        """A number in [0, 1) for a pair, whichever way round."""
-        text = "\0".join([str(self.seed), prompt, *sorted((left, right))])
-        (number,) = struct.unpack(">Q", hashlib.sha256(text.encode()).digest()[:8])
-        return number / 2**64
